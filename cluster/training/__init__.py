@@ -1,0 +1,1 @@
+"""Training: documents, token shards, the loop and its Ray shell."""

@@ -1,0 +1,424 @@
+"""Documents of real text: paths enter, a deduplicated list of named texts leaves.
+
+Without a path the text is the standard library of the running interpreter: its
+sources (about 31 MB with its tests, 12 MB where a distribution leaves those
+out) and the docstrings of its C modules. Nothing is downloaded.
+
+A file is judged by its content, not by its suffix: UTF-8 without a NUL byte is
+text. Only ``.parquet`` is opened as a table. Long texts are cut at line ends,
+so that one long file can be shared out between training and validation.
+
+Limits: what is kept lies in memory (bound it with ``max_bytes``), and only exact
+duplicates are dropped: a file that differs in one character stays.
+"""
+
+import hashlib
+import heapq
+import importlib
+import inspect
+import logging
+import os
+import platform
+import re
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from moe_bitnet.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_DOCUMENT_BYTES = 256 * 1024  # some 80,000 tokens: longer than any training sequence so far
+_MIN_DOCUMENT_BYTES = 64
+_SNIFFED_BYTES = 8192
+_ALLOWED = "Pass UTF-8 text files, Parquet files with a column of strings, or folders of them."
+
+_FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages"})
+# C modules whose import does nothing but define names; those that a platform lacks are left out.
+# fmt: off
+_C_MODULES = (
+    "_bisect", "_bz2", "_codecs", "_collections", "_csv", "_datetime", "_functools", "_hashlib", "_heapq", "_io",
+    "_json", "_lzma", "_operator", "_random", "_socket", "_sqlite3", "_statistics", "_struct", "_thread", "array",
+    "binascii", "builtins", "cmath", "errno", "fcntl", "gc", "itertools", "math", "mmap", "nt", "posix", "pyexpat",
+    "resource", "select", "sys", "termios", "time", "unicodedata", "zlib",
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and where it came from.
+
+    Attributes:
+        name: a label for people, such as ``stdlib/json/decoder.py`` or ``books.parquet#12``.
+        text: the text itself, unchanged but for a byte order mark.
+    """
+
+    name: str
+    text: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the text in UTF-8."""
+        return len(_encoded(self))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What :func:`collect_documents` found.
+
+    Attributes:
+        documents: distinct documents in the order in which they were found.
+        num_skipped_files: files inside folders that were binary or could not be read.
+        num_duplicates: documents dropped because an earlier one has the same text.
+        source: where the text came from, in words.
+    """
+
+    documents: tuple[Document, ...]
+    num_skipped_files: int
+    num_duplicates: int
+    source: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all texts in UTF-8."""
+        return sum(document.num_bytes for document in self.documents)
+
+
+@dataclass
+class _Tally:
+    num_skipped_files: int = 0
+    num_duplicates: int = 0
+
+    def skip(self, what: object) -> None:
+        self.num_skipped_files += 1
+        logger.debug("skipped: %s", what)
+
+
+def collect_documents(
+    paths: Sequence[str | Path] = (),
+    *,
+    text_column: str | None = None,
+    max_bytes: int | None = None,
+    max_document_bytes: int = DEFAULT_MAX_DOCUMENT_BYTES,
+) -> Corpus:
+    """Collect the documents of ``paths``, or those of the standard library.
+
+    The same files give the same documents in the same order.
+
+    Args:
+        paths: text files, Parquet files and folders (read recursively, in sorted order, without hidden
+            entries). Empty: the standard library of the running interpreter.
+        text_column: the Parquet column to read; by default the one named ``text``, or else the only
+            column of strings.
+        max_bytes: keep at most this many bytes, sampled as :func:`sample_documents` does.
+        max_document_bytes: cut longer texts at line ends; at least 64.
+    Returns:
+        The documents, and counts of what was left out.
+    Raises:
+        ConfigError: a limit is too small.
+        DataError: a path is missing, unreadable, binary or empty, or a Parquet file is damaged or has no
+            column of strings.
+    """
+    if max_document_bytes < _MIN_DOCUMENT_BYTES:
+        raise ConfigError(
+            f"collect_documents: max_document_bytes is {max_document_bytes}. Pass at least {_MIN_DOCUMENT_BYTES}."
+        )
+    tally = _Tally()
+    found: Iterator[Document]
+    if paths:
+        source = ", ".join(_printable(path) for path in paths)
+        found = (document for path in paths for document in _read_path(Path(path), text_column, tally))
+    else:
+        source = f"Python {platform.python_version()} standard library"
+        found = _read_standard_library(tally)
+    pieces = (piece for document in found for piece in cut_document(document, max_document_bytes))
+    distinct = _drop_duplicates(pieces, tally)
+    documents = tuple(distinct) if max_bytes is None else tuple(sample_documents(distinct, max_bytes))
+    if not documents:
+        raise DataError(f"No text is left of {source} within max_bytes={max_bytes}. Pass a larger limit or more text.")
+    corpus = Corpus(documents, tally.num_skipped_files, tally.num_duplicates, source)
+    logger.info(
+        "%s: %d documents, %.1f MB, %d duplicates dropped, %d files skipped",
+        source,
+        len(documents),
+        corpus.num_bytes / 1e6,
+        corpus.num_duplicates,
+        corpus.num_skipped_files,
+    )
+    return corpus
+
+
+def sample_documents(documents: Iterable[Document], max_bytes: int) -> list[Document]:
+    """Keep ``max_bytes`` of text, chosen by the hash of each text and so evenly over names and folders.
+
+    The choice depends on the texts alone, not on their order; the last one chosen is cut at a line end
+    to fit. Memory stays near ``max_bytes``, however long the input is.
+
+    Args:
+        documents: any number of documents; read once.
+        max_bytes: bytes of UTF-8 to keep, at least 1.
+    Returns:
+        The chosen documents in the order of the input.
+    Raises:
+        ConfigError: ``max_bytes`` is below 1.
+    """
+    if max_bytes < 1:
+        raise ConfigError(f"sample_documents: max_bytes is {max_bytes}. Pass at least 1.")
+    # A max-heap by hash: once the smaller hashes fill the budget, the largest can never be chosen again.
+    heap: list[tuple[int, int, int, Document]] = []
+    total_bytes = 0
+    for index, document in enumerate(documents):
+        key = int.from_bytes(content_hash(document, purpose=b"sample"), "big")
+        heapq.heappush(heap, (-key, -index, document.num_bytes, document))
+        total_bytes += document.num_bytes
+        while total_bytes - heap[0][2] >= max_bytes:
+            total_bytes -= heapq.heappop(heap)[2]
+    chosen = {-index: document for _, index, _, document in heap}
+    if total_bytes > max_bytes:
+        _, index, num_bytes, last = heap[0]
+        data = _encoded(last)
+        end = _cut_before(data, 0, max_bytes - (total_bytes - num_bytes))
+        chosen[-index] = Document(last.name, data[:end].decode("utf-8"))
+    return [chosen[index] for index in sorted(chosen) if chosen[index].text]
+
+
+def cut_document(document: Document, max_bytes: int) -> Iterator[Document]:
+    """Yield ``document``, in pieces of at most ``max_bytes`` (at least 4) if it is longer.
+
+    Pieces end at line ends where there is one, never inside a character, and together are the text.
+    """
+    data = _encoded(document)
+    if len(data) <= max_bytes:
+        yield document
+        return
+    start = number = 0
+    while start < len(data):
+        end = _cut_before(data, start, max_bytes)
+        yield Document(f"{document.name}#{number}", data[start:end].decode("utf-8"))
+        start, number = end, number + 1
+
+
+def content_hash(document: Document, purpose: bytes, seed: int = 0) -> bytes:
+    """Return 16 bytes that depend on the text, ``purpose`` (at most 16 bytes) and ``seed``, not on the name.
+
+    Different purposes give independent hashes: the documents that a byte cap keeps must not all fall into
+    the same split.
+    """
+    salt = (seed % 2**64).to_bytes(8, "big")
+    return hashlib.blake2b(_encoded(document), digest_size=16, person=purpose, salt=salt).digest()
+
+
+def _encoded(document: Document) -> bytes:
+    try:
+        return document.text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"The document {document.name!r} holds a lone surrogate, which UTF-8 cannot express. "
+            "Decode its bytes with errors='replace'."
+        ) from error
+
+
+def _cut_before(data: bytes, start: int, max_bytes: int) -> int:
+    """Return the last line end within ``max_bytes`` of ``start``, or else the last end of a character."""
+    limit = start + max_bytes
+    if limit >= len(data):
+        return len(data)
+    line_end = data.rfind(b"\n", start, limit) + 1
+    if line_end > start:
+        return line_end
+    while data[limit] & 0b1100_0000 == 0b1000_0000:  # the byte continues a character
+        limit -= 1
+    return limit
+
+
+def _drop_duplicates(documents: Iterable[Document], tally: _Tally) -> Iterator[Document]:
+    seen: set[bytes] = set()
+    for document in documents:
+        if not document.text.strip():
+            continue
+        key = content_hash(document, purpose=b"duplicate")
+        if key in seen:
+            tally.num_duplicates += 1
+            continue
+        seen.add(key)
+        yield document
+
+
+# --- Files and folders ------------------------------------------------------------------------------------------
+
+
+def _read_path(path: Path, text_column: str | None, tally: _Tally) -> Iterator[Document]:
+    """Yield the documents of a path that the user named: what cannot be read is an error."""
+    try:
+        if not path.exists():
+            raise DataError(f"{_printable(path)} does not exist. {_ALLOWED}")
+        if path.is_dir():
+            documents = _read_folder(path, tally, label=path.resolve().name, text_column=text_column)
+        else:
+            documents = _read_file(path, _printable(path), text_column)
+    except OSError as error:
+        raise DataError(f"{_printable(path)} cannot be reached ({error.strerror}). {_ALLOWED}") from error
+    is_empty = True
+    num_skipped_before = tally.num_skipped_files
+    for document in documents:
+        is_empty = False
+        yield document
+    if is_empty:
+        num_skipped = tally.num_skipped_files - num_skipped_before
+        detail = f" ({num_skipped} files in it are binary or unreadable)" if num_skipped else ""
+        raise DataError(f"{_printable(path)} holds no text{detail}. {_ALLOWED}")
+
+
+def _read_folder(
+    folder: Path,
+    tally: _Tally,
+    *,
+    label: str,
+    text_column: str | None = None,
+    is_wanted: Callable[[str], bool] = lambda name: True,
+    skipped_folders: frozenset[str] = frozenset(),
+) -> Iterator[Document]:
+    """Yield the documents below ``folder`` in sorted order; what cannot be read is counted and left out."""
+    for parent, folders, files in os.walk(folder, onerror=tally.skip):
+        folders[:] = sorted(
+            name for name in folders if name[0] != "." and name != "__pycache__" and name not in skipped_folders
+        )
+        for file in sorted(files):
+            if file.startswith(".") or not is_wanted(file):
+                continue
+            path = Path(parent, file)
+            try:
+                # A Parquet file that is damaged in the middle keeps its rows before the damage.
+                yield from _read_file(path, _printable(label / path.relative_to(folder)), text_column)
+            except DataError as error:
+                tally.skip(error)
+
+
+def _read_file(path: Path, name: str, text_column: str | None) -> Iterator[Document]:
+    """Yield the one document of a text file (none if it is blank) or the rows of a Parquet file."""
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path, name, text_column)
+        return
+    text = _read_text(path)
+    if text.strip():
+        yield Document(name, text)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if not path.is_file():  # a pipe or a device would wait for ever
+            raise DataError(f"{_printable(path)} is neither a file nor a folder. {_ALLOWED}")
+        with path.open("rb") as file:
+            data = file.read(_SNIFFED_BYTES)
+            if b"\0" not in data:
+                data += file.read()
+    except OSError as error:
+        raise DataError(f"{_printable(path)} cannot be read ({error.strerror}). {_ALLOWED}") from error
+    if b"\0" in data:
+        raise DataError(f"{_printable(path)} is binary, not text. {_ALLOWED}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{_printable(path)} is not UTF-8 at byte {error.start}. {_ALLOWED}") from error
+
+
+def _read_parquet(path: Path, name: str, text_column: str | None) -> Iterator[Document]:
+    """Yield a document for each row; rows that are null or blank are left out."""
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            column = _choose_column(path, file.schema_arrow, text_column)
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                for text in batch.column(0).to_pylist():
+                    if text is not None and text.strip():
+                        yield Document(f"{name}#{row}", text)
+                    row += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{_printable(path)} is not a whole Parquet file ({error}). Write or download it again."
+        ) from error
+
+
+def _choose_column(path: Path, schema: Any, text_column: str | None) -> str:
+    columns: list[str] = [field.name for field in schema if _is_string(field.type)]
+    if text_column is None and "text" in columns:
+        return "text"
+    if text_column is None and len(columns) == 1:
+        return columns[0]
+    if text_column is not None and text_column in columns:
+        return text_column
+    problem = (
+        f"no column of strings named {text_column!r}"
+        if text_column is not None
+        else "no column of strings"
+        if not columns
+        else "several columns of strings, none of them named 'text'"
+    )
+    advice = f"Choose one of {columns} with --text-column." if columns else "Write the texts as a column of strings."
+    raise DataError(f"{_printable(path)} has {problem}. {advice}")
+
+
+def _is_string(kind: Any) -> bool:
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _printable(path: str | Path) -> str:
+    """Return ``path`` with ``/`` between its parts; bytes that are no UTF-8 are replaced."""
+    return os.fsencode(Path(path).as_posix()).decode("utf-8", "replace")
+
+
+# --- The standard library ---------------------------------------------------------------------------------------
+
+
+def _read_standard_library(tally: _Tally) -> Iterator[Document]:
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    yield from _read_folder(
+        folder,
+        tally,
+        label="stdlib",
+        # _sysconfigdata holds the build's compiler flags and folders, which differ from machine to machine.
+        is_wanted=lambda name: name.endswith(".py") and not name.startswith("_sysconfigdata"),
+        skipped_folders=_FOREIGN_FOLDERS,
+    )
+    for name in _C_MODULES:
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        yield Document(f"docstrings/{name}", describe_module(module))
+
+
+def describe_module(module: ModuleType) -> str:
+    """Return the docstrings of a module written in C: its own, its functions', its classes' and their methods'.
+
+    Values are left out, unlike in ``help()``: they hold paths and addresses of the machine.
+    """
+    blocks = [f"{module.__name__}\n\n{inspect.getdoc(module) or ''}"]
+    for name, value in sorted(vars(module).items()):
+        # A second name of the same thing (IOError for OSError) is not described again.
+        if name.startswith("_") or getattr(value, "__name__", None) != name:
+            continue
+        if inspect.isbuiltin(value):
+            blocks.append(_describe(f"{module.__name__}.{name}", value))
+        elif inspect.isclass(value):
+            blocks.append(_describe(f"class {module.__name__}.{name}", value))
+            methods = sorted((key, method) for key, method in vars(value).items() if not key.startswith("_"))
+            blocks.extend(_describe(f"{name}.{key}", method) for key, method in methods if method.__doc__)
+    return "\n\n".join(blocks) + "\n"
+
+
+def _describe(title: str, value: Any) -> str:
+    # C signatures open with $module or $self, which a caller never writes.
+    signature = re.sub(r"\$\w+(, )?", "", getattr(value, "__text_signature__", None) or "")
+    lines = (inspect.getdoc(value) or "").splitlines()
+    return "\n".join([title + signature, *(f"    {line}".rstrip() for line in lines)])

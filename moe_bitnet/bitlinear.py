@@ -1,0 +1,100 @@
+"""Linear layers of attention: ternary in training, ternary packed for inference, and float for the twin.
+
+All three take float rows and return float32 rows, have no bias, and may hold an
+RMSNorm of their input (``has_norm``): inside every layer in the recipe of the
+b1.58 FAQ, and before the output projection in both recipes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_bitnet.kernels import select
+from moe_bitnet.layers import RMSNorm
+from moe_bitnet.packing import Layout, PackedTernary, pack, packed_width
+from moe_bitnet.quantization import fake_quantize_activation, fake_quantize_weight, quantize_weight
+
+
+class FloatLinear(nn.Module):
+    """A plain linear layer with an optional norm: what BitLinear is compared with.
+
+    Args:
+        in_features: inputs.
+        out_features: outputs.
+        norm_eps: if given, the input passes an RMSNorm with this epsilon.
+    """
+
+    def __init__(self, in_features: int, out_features: int, norm_eps: float | None = None) -> None:
+        super().__init__()
+        self.norm = nn.Identity() if norm_eps is None else RMSNorm(in_features, norm_eps)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.normal_(self.weight, std=in_features**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` ``[..., in_features]``; returns float32 ``[..., out_features]``."""
+        return F.linear(self.norm(x), self.weight.float()).float()
+
+
+class BitLinear(FloatLinear):
+    """A linear layer that computes with ternary weights and int8 activations, for training.
+
+    The latent ``weight`` stays in float; each forward pass quantizes it anew and
+    gradients pass the rounding unchanged.
+
+    Source: arXiv:2402.17764, section 2.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` ``[..., in_features]``; returns float32 ``[..., out_features]``."""
+        x_q, activation_scale = fake_quantize_activation(self.norm(x))
+        weight_q, weight_scale = fake_quantize_weight(self.weight)
+        # Integers up to 127 are exact in bfloat16 too; only the sums are rounded there.
+        return F.linear(x_q, weight_q).float() * (activation_scale * weight_scale)
+
+
+class PackedBitLinear(nn.Module):
+    """BitLinear for inference: packed weights, true int8 activations, the same integers.
+
+    Args:
+        in_features: inputs.
+        out_features: outputs.
+        layout: how weights are packed.
+        norm_eps: if given, the input passes an RMSNorm with this epsilon.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, in_features: int, out_features: int, layout: Layout, norm_eps: float | None = None) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.layout: Layout = layout
+        self.norm = nn.Identity() if norm_eps is None else RMSNorm(in_features, norm_eps)
+        shape = (out_features, packed_width(in_features, layout))
+        self.register_buffer("weight_packed", torch.zeros(shape, dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.ones(1, 1))
+
+    @classmethod
+    def from_bitlinear(cls, linear: BitLinear, layout: Layout) -> "PackedBitLinear":
+        """Quantize and pack a trained layer."""
+        out_features, in_features = linear.weight.shape
+        has_norm = isinstance(linear.norm, RMSNorm)
+        packed = cls(in_features, out_features, layout, linear.norm.eps if has_norm else None)
+        if has_norm:
+            packed.norm.load_state_dict(linear.norm.state_dict())
+        weight_ternary, weight_scale = quantize_weight(linear.weight.detach())
+        packed.weight_packed = pack(weight_ternary, layout)
+        packed.weight_scale = weight_scale
+        return packed
+
+    @property
+    def packed(self) -> PackedTernary:
+        """The weight as the kernels take it."""
+        return PackedTernary(self.weight_packed, self.weight_scale, self.in_features, self.layout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` ``[..., in_features]``; returns float32 ``[..., out_features]``."""
+        rows = self.norm(x).flatten(0, -2)
+        x_q, activation_scale = select("quantize_activation", rows.device.type)(rows)
+        output: Tensor = select("ternary_linear", rows.device.type)(x_q, activation_scale, self.packed)
+        return output.unflatten(0, x.shape[:-1])

@@ -1,0 +1,1 @@
+"""Checkpoints: the native format, packing, and the manifest that guards both."""

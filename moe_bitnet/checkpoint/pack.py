@@ -1,0 +1,101 @@
+"""From latent weights to packed ternary ones.
+
+A trained model enters, the same model with :class:`PackedBitLinear` and
+:class:`PackedExperts` in place of the latent layers leaves. Its integers are those
+of training; its logits agree to float32 rounding.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from moe_bitnet.attention import Attention
+from moe_bitnet.bitlinear import BitLinear, PackedBitLinear
+from moe_bitnet.config import ModelConfig
+from moe_bitnet.errors import CheckpointError
+from moe_bitnet.experts import PackedExperts, TernaryExperts
+from moe_bitnet.layers import RMSNorm
+from moe_bitnet.model import MoETransformer
+from moe_bitnet.moe import MoELayer
+from moe_bitnet.packing import Layout, packed_width
+
+_ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_EXPERT_GROUPS = ("experts", "shared_experts")
+
+
+def pack_model(model: MoETransformer, layout: Layout = "2bit") -> MoETransformer:
+    """Quantize and pack every BitLinear and expert of a trained ternary model.
+
+    Args:
+        model: with latent weights; stays as it is.
+        layout: ``"2bit"`` (2 bits a weight) or ``"base3"`` (1.6 bits).
+    Returns:
+        a new model in evaluation mode.
+    Raises:
+        CheckpointError: the model is a float twin, or is packed already.
+    """
+    if not model.config.is_ternary:
+        raise CheckpointError(
+            f"pack: the model's precision is {model.config.precision!r}; only 'ternary' models can be packed. "
+            f"Train one with --precision ternary."
+        )
+    if model_layout(model) is not None:
+        raise CheckpointError(f"pack: the model is packed already (layout {model_layout(model)}). Give the trained one.")
+    return _replace_layers(
+        copy.deepcopy(model),
+        lambda linear: PackedBitLinear.from_bitlinear(linear, layout),
+        lambda experts: PackedExperts.from_experts(experts, model.config, layout),
+    ).eval()
+
+
+def packed_skeleton(model: MoETransformer, layout: Layout) -> None:
+    """Turn a model without weights (on the meta device) into a packed one without weights, in place."""
+
+    def linear(latent: BitLinear) -> PackedBitLinear:
+        out_features, in_features = latent.weight.shape
+        eps = latent.norm.eps if isinstance(latent.norm, RMSNorm) else None
+        return PackedBitLinear(in_features, out_features, layout, eps)
+
+    with torch.device("meta"):
+        _replace_layers(model, linear, lambda experts: PackedExperts(model.config, experts.num_experts, layout))
+
+
+def model_layout(model: MoETransformer) -> Layout | None:
+    """Return how a model's ternary weights are packed, or ``None`` if they are latent or float."""
+    for module in model.modules():
+        if isinstance(module, PackedBitLinear):
+            return module.layout
+    return None
+
+
+def expert_bytes(config: ModelConfig, layout: Layout | None) -> int:
+    """Return the bytes of one expert: three matrices, their scales and the norm before down (float32).
+
+    Args:
+        config: the shape.
+        layout: packed ternary, or ``None`` for float16 matrices.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    norm = 4 * inner
+    if layout is None:
+        return 2 * 3 * hidden * inner + norm
+    gate_and_up = 2 * inner * packed_width(hidden, layout)
+    return gate_and_up + hidden * packed_width(inner, layout) + 3 * 4 + norm
+
+
+def _replace_layers(
+    model: MoETransformer,
+    linear: Callable[[BitLinear], nn.Module],
+    experts: Callable[[TernaryExperts], nn.Module],
+) -> MoETransformer:
+    for module in model.modules():
+        if isinstance(module, Attention):
+            for name in _ATTENTION_PROJECTIONS:
+                setattr(module, name, linear(getattr(module, name)))
+        elif isinstance(module, MoELayer):
+            for name in _EXPERT_GROUPS:
+                if hasattr(module, name):
+                    setattr(module, name, experts(getattr(module, name)))
+    return model

@@ -1,0 +1,1 @@
+"""The command line: composes the three packages and computes nothing itself."""

@@ -1,0 +1,246 @@
+"""The experts of one layer, all computed together on rows sorted by expert.
+
+::
+
+    x [n, H] ──gate, up──► activation(gate) · up [n, F] ──norm──► down ──► [n, H]
+
+The input is quantized once for each token, before it is copied to its experts:
+that is why a row can travel to another device as int8 without changing a bit.
+
+:class:`ExpertExecutor` is the seam: a layer calls ``run`` and does not know
+whether its experts are here (this file) or on other devices (``cluster``).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_bitnet.config import Activation, ModelConfig
+from moe_bitnet.dispatch import combine, sort_by_expert
+from moe_bitnet.kernels import select
+from moe_bitnet.layers import rms_norm
+from moe_bitnet.packing import Layout, PackedTernary, pack, packed_width
+from moe_bitnet.quantization import fake_quantize_activation, fake_quantize_weight, quantize_weight
+from moe_bitnet.router import Routing
+
+PROJECTIONS = ("gate", "up", "down")
+
+
+class ExpertExecutor(Protocol):
+    """Runs the experts of one layer, wherever they are."""
+
+    def run(self, hidden_states: Tensor, routing: Routing) -> Tensor:
+        """Return the weighted sum of each token's experts.
+
+        Args:
+            hidden_states: float ``[T, H]``, normalized.
+            routing: the experts of each token.
+        Returns:
+            float32 ``[T, H]``.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ExpertInput:
+    """Rows as the experts take them, and as they travel.
+
+    Attributes:
+        rows: ``[n, H]``; int8 (or integers held in float) for ternary experts, else float.
+        activation_scale: float32 ``[n, 1]`` for ternary experts, else ``None``.
+    """
+
+    rows: Tensor
+    activation_scale: Tensor | None
+
+    def take(self, indices: Tensor) -> "ExpertInput":
+        """Return the rows at ``indices`` (int64 ``[m]``)."""
+        scale = None if self.activation_scale is None else self.activation_scale[indices]
+        return ExpertInput(self.rows[indices], scale)
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """Return ``silu(gate) · up`` (SwiGLU, arXiv:2002.05202) or ``relu(gate)² · up`` (2B4T)."""
+    return (F.silu(gate) if activation == "swiglu" else F.relu(gate).square()) * up
+
+
+class GroupedExperts(nn.Module):
+    """What the three kinds of experts share: the walk from tokens to rows and back.
+
+    Args:
+        config: sizes and recipe.
+        num_experts: experts held here; a host holds fewer than the layer has.
+    """
+
+    row_alignment = 1
+
+    def __init__(self, config: ModelConfig, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.activation: Activation = config.activation
+        self.norm_eps = config.norm_eps
+        self.sizes = {  # projection → (out_features, in_features)
+            "gate": (config.intermediate_size, config.hidden_size),
+            "up": (config.intermediate_size, config.hidden_size),
+            "down": (config.hidden_size, config.intermediate_size),
+        }
+        self.norm_weight = nn.Parameter(torch.ones(num_experts, config.intermediate_size))
+
+    def run(self, hidden_states: Tensor, routing: Routing) -> Tensor:
+        """Fulfil :class:`ExpertExecutor` with the experts held here."""
+        dispatch = sort_by_expert(routing.expert_indices, self.num_experts, self.row_alignment)
+        rows = self.prepare(hidden_states).take(dispatch.sorted_token_indices)
+        outputs = self.compute(rows, dispatch.expert_offsets)
+        return combine(outputs, dispatch.slot_positions, routing.expert_weights)
+
+    def prepare(self, hidden_states: Tensor) -> ExpertInput:
+        """Turn float rows ``[T, H]`` into what the experts take; once for each token."""
+        raise NotImplementedError
+
+    def multiply(self, projection: str, rows: ExpertInput, expert_offsets: Tensor) -> Tensor:
+        """Multiply sorted rows by their expert's ``projection``; returns float32."""
+        raise NotImplementedError
+
+    def compute(self, rows: ExpertInput, expert_offsets: Tensor) -> Tensor:
+        """Run every expert on its rows.
+
+        Args:
+            rows: ``[n, H]`` from :meth:`prepare`, sorted by expert.
+            expert_offsets: int64 ``[num_experts + 1]``.
+        Returns:
+            float32 ``[n, H]`` in the same order, unweighted.
+        """
+        gate = self.multiply("gate", rows, expert_offsets)
+        up = self.multiply("up", rows, expert_offsets)
+        inner = rms_norm(gated_activation(gate, up, self.activation), self.norm_eps)
+        expert_of_row = torch.searchsorted(
+            expert_offsets[1:], torch.arange(inner.shape[0], device=inner.device), right=True
+        )
+        inner = inner * self.norm_weight[expert_of_row]
+        return self.multiply("down", self.prepare(inner), expert_offsets)
+
+
+class FloatExperts(GroupedExperts):
+    """Experts with float weights: the twin. Weights may be stored in half precision for inference."""
+
+    # oneDNN compiles a kernel for every new number of rows (about 1 ms each); multiples of 32
+    # leave few enough of them to stay in its cache: 8× faster in training (docs/experiments.md).
+    row_alignment = 32
+
+    def __init__(self, config: ModelConfig, num_experts: int) -> None:
+        super().__init__(config, num_experts)
+        for name, (out_features, in_features) in self.sizes.items():
+            weight = torch.empty(num_experts, out_features, in_features)
+            self.register_parameter(f"{name}_weight", nn.Parameter(nn.init.normal_(weight, std=in_features**-0.5)))
+
+    def prepare(self, hidden_states: Tensor) -> ExpertInput:
+        """Leave the rows as they are."""
+        return ExpertInput(hidden_states, None)
+
+    def multiply(self, projection: str, rows: ExpertInput, expert_offsets: Tensor) -> Tensor:
+        """Multiply in the autocast dtype, float32 without autocast."""
+        return grouped_matmul(rows.rows, self.get_parameter(f"{projection}_weight"), expert_offsets)
+
+
+class TernaryExperts(FloatExperts):
+    """Experts that compute with ternary weights and int8 activations, for training."""
+
+    def prepare(self, hidden_states: Tensor) -> ExpertInput:
+        """Quantize each row to int8, held in float, with straight-through gradients."""
+        return ExpertInput(*fake_quantize_activation(hidden_states))
+
+    def multiply(self, projection: str, rows: ExpertInput, expert_offsets: Tensor) -> Tensor:
+        """Multiply integers held in float, then rescale as the packed experts do."""
+        assert rows.activation_scale is not None
+        weight_q, weight_scale = fake_quantize_weight(self.get_parameter(f"{projection}_weight"))
+        sums = grouped_matmul(rows.rows, weight_q, expert_offsets)
+        expert_of_row = torch.searchsorted(
+            expert_offsets[1:], torch.arange(sums.shape[0], device=sums.device), right=True
+        )
+        return sums * (rows.activation_scale * weight_scale.view(-1, 1)[expert_of_row])
+
+
+class PackedExperts(GroupedExperts):
+    """Experts for inference: packed weights, true int8 activations, the same integers.
+
+    Args:
+        config: sizes and recipe.
+        num_experts: experts held here.
+        layout: how weights are packed.
+    """
+
+    def __init__(self, config: ModelConfig, num_experts: int, layout: Layout) -> None:
+        super().__init__(config, num_experts)
+        self.layout: Layout = layout
+        for name, (out_features, in_features) in self.sizes.items():
+            shape = (num_experts, out_features, packed_width(in_features, layout))
+            self.register_buffer(f"{name}_packed", torch.zeros(shape, dtype=torch.uint8))
+            self.register_buffer(f"{name}_scale", torch.ones(num_experts, 1, 1))
+
+    @classmethod
+    def from_experts(cls, experts: TernaryExperts, config: ModelConfig, layout: Layout) -> "PackedExperts":
+        """Quantize and pack trained experts."""
+        packed = cls(config, experts.num_experts, layout)
+        packed.norm_weight.data.copy_(experts.norm_weight.detach())
+        for name in PROJECTIONS:
+            weight_ternary, weight_scale = quantize_weight(experts.get_parameter(f"{name}_weight").detach())
+            packed.register_buffer(f"{name}_packed", pack(weight_ternary, layout))
+            packed.register_buffer(f"{name}_scale", weight_scale)
+        return packed
+
+    def packed(self, projection: str) -> PackedTernary:
+        """Return one projection of all experts as the kernels take it."""
+        return PackedTernary(
+            self.get_buffer(f"{projection}_packed"),
+            self.get_buffer(f"{projection}_scale"),
+            self.sizes[projection][1],
+            self.layout,
+        )
+
+    def prepare(self, hidden_states: Tensor) -> ExpertInput:
+        """Quantize each row to int8."""
+        return ExpertInput(*select("quantize_activation", hidden_states.device.type)(hidden_states))
+
+    def multiply(self, projection: str, rows: ExpertInput, expert_offsets: Tensor) -> Tensor:
+        """Multiply exactly in integers, then rescale once."""
+        multiply = select("grouped_ternary_linear", rows.rows.device.type)
+        output: Tensor = multiply(rows.rows, rows.activation_scale, self.packed(projection), expert_offsets)
+        return output
+
+
+def build_experts(config: ModelConfig, num_experts: int, layout: Layout | None = None) -> GroupedExperts:
+    """Make the experts that ``config`` asks for, with fresh weights.
+
+    Args:
+        config: sizes, recipe and precision.
+        num_experts: how many of a layer's experts to hold.
+        layout: if given, packed experts for inference (their bytes are to be loaded).
+    """
+    if layout is not None:
+        return PackedExperts(config, num_experts, layout)
+    return (TernaryExperts if config.is_ternary else FloatExperts)(config, num_experts)
+
+
+def grouped_matmul(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Multiply sorted rows, each by its expert's matrix, in the autocast dtype.
+
+    Args:
+        rows: float ``[n, in_features]``, sorted by expert.
+        weight: float ``[num_experts, out_features, in_features]``.
+        expert_offsets: int64 ``[num_experts + 1]``.
+    Returns:
+        float32 ``[n, out_features]``.
+    """
+    in_features, out_features = rows.shape[-1], weight.shape[-2]
+    # grouped_mm wants strides of whole 16 bytes; zeros beyond the last feature change nothing
+    in_padding, out_padding = -in_features % 8, -out_features % 8
+    if in_padding or out_padding:
+        rows, weight = F.pad(rows, (0, in_padding)), F.pad(weight, (0, in_padding, 0, out_padding))
+    device_type = rows.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else torch.float32
+    ends = expert_offsets[1:].to(torch.int32)
+    output = F.grouped_mm(rows.to(dtype), weight.to(dtype).transpose(-2, -1), offs=ends)
+    return output[:, :out_features].float()

@@ -1,0 +1,25 @@
+"""Ternary operations: one signature each, several backends.
+
+``select("ternary_linear")`` returns the best available function. Signatures and
+meaning are those of :mod:`moe_bitnet.kernels.backend_reference`.
+"""
+
+from functools import cache
+
+from moe_bitnet.kernels import backend_reference
+from moe_bitnet.kernels.backend_cpp import load_backend
+from moe_bitnet.kernels.registry import Backend, Operation, Registry
+
+__all__ = ["Backend", "Operation", "Registry", "registry", "select"]
+
+
+@cache
+def registry() -> Registry:
+    """Return the backends of this process, loaded at the first call."""
+    reference = Backend("reference", backend_reference.OPERATIONS, backend_reference.DEVICE_TYPES)
+    return Registry([load_backend(), reference])
+
+
+def select(operation: str, device_type: str = "cpu", backend: str | None = None) -> Operation:
+    """Return the function for ``operation``; see :meth:`Registry.select`."""
+    return registry().select(operation, device_type, backend)

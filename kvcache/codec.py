@@ -112,7 +112,8 @@ def _encode_4_bits(x: Tensor, group_size: int) -> Tensor:
 def _decode_4_bits(scales: Tensor, codes: Tensor, group_size: int) -> Tensor:
     base = scales[:, :FP16_BYTES].view(torch.float16).float()  # [num_pages, 1]
     scale = base * codebook.scale_steps()[scales[:, FP16_BYTES:].int()]  # [num_pages, num_groups]
-    level = codebook.level_pairs()[codes.int()]  # [num_pages, code_bytes, 2]
+    # As an embedding lookup, which is over three times as fast as indexing with the same bytes.
+    level = torch.nn.functional.embedding(codes.int(), codebook.level_pairs())  # [num_pages, code_bytes, 2]
     return level.reshape(len(codes), -1, group_size) * scale.unsqueeze(-1)  # [num_pages, num_groups, g]
 
 

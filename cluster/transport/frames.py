@@ -56,8 +56,9 @@ class DispatchFrame:
         _check_numbers("DispatchFrame", self.layer_index, self.epoch)
         _check_rows("DispatchFrame", self.rows, (torch.int8, torch.float16, torch.float32))
         if (self.scales is not None) != (self.rows.dtype == torch.int8):
+            given = "no scales" if self.scales is None else "scales"
             raise ShapeError(
-                f"DispatchFrame: scales are {'absent' if self.scales is None else 'given'} with {self.rows.dtype} rows. "
+                f"DispatchFrame: {self.rows.dtype} rows came with {given}. "
                 f"Give scales with int8 rows, and only with them."
             )
         if self.scales is not None:

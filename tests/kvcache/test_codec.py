@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvcache import KVCacheConfig, codebook
+from kvcache import KVCacheConfig, codebook, codec
 from kvcache.codec import decode_pages, encode_page
 from kvcache.transform import rotate
 
@@ -73,6 +73,18 @@ def test_int4_keeps_20_db_on_gaussian_data():
     decoded_key, decoded_value = round_trip(page_format(4, num_kv_heads=8, page_size=64), key, value)
     assert signal_to_noise_db(rotate(key), decoded_key) >= 20
     assert signal_to_noise_db(rotate(value), decoded_value) >= 20
+
+
+def test_scale_search_never_does_worse_than_the_covering_scale(monkeypatch):
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
+    squared_errors = []
+    for num_candidates in (6, 1):
+        monkeypatch.setattr(codec, "NUM_SCALE_CANDIDATES", num_candidates)
+        decoded, _ = round_trip(page_format(4), x, x)
+        squared_errors.append((decoded.double() - rotate(x).double()).square().reshape(-1, 32).sum(dim=-1))
+    # Neighbouring candidates may tie up to the rounding of a float32 sum of 32 squares.
+    assert (squared_errors[0] <= squared_errors[1] * (1 + 32 * torch.finfo(torch.float32).eps)).all()
+    assert squared_errors[0].sum() < 0.9 * squared_errors[1].sum()
 
 
 @pytest.mark.parametrize("bits", [8, 4])

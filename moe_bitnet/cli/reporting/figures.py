@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from moe_bitnet.cli.reporting.plots import PANELS, Palette, Panel
 from moe_bitnet.cli.reporting.sections import Results
@@ -48,7 +49,7 @@ def panel_svg(panel: Panel, results: Results, description: str) -> str:
         results: what it draws.
         description: read aloud in place of the picture; plain text.
     """
-    with _settings(font_size=12.0):
+    with _settings(font_size=13.0):
         height = _SVG_HEIGHTS[panel.name]
         figure = Figure(figsize=(_SVG_WIDTH / 72, height / 72), layout="constrained")
         panel.draw(figure.add_subplot(), results, _THEMED)
@@ -73,8 +74,8 @@ def save_plot_png(results: Results, path: Path) -> None:
 def overview_png(results: Results) -> bytes:
     """Render all six panels as one PNG; a panel whose step was not run says so."""
     with _settings(font_size=12.5):
-        figure = Figure(figsize=_PNG_SIZE, facecolor=LIGHT.surface, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.28, h_pad=0.24, wspace=0.04, hspace=0.05)
+        layout = ConstrainedLayoutEngine(w_pad=0.28, h_pad=0.24, wspace=0.04, hspace=0.05)
+        figure = Figure(figsize=_PNG_SIZE, facecolor=LIGHT.surface, layout=layout)
         title = "A ternary mixture of experts beside its float twin"
         figure.suptitle(title, x=0.018, ha="left", color=LIGHT.ink, fontsize=19, fontweight="bold")
         for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):

@@ -1,23 +1,22 @@
 """Render results as one self-contained HTML page: inline CSS and SVG, no script, no request to anywhere."""
 
 from importlib.resources import files
-from typing import Any
 
 from moe_bitnet.cli.reporting.figures import panel_svg
 from moe_bitnet.cli.reporting.markup import Markup, element, join, table
 from moe_bitnet.cli.reporting.plots import PANELS
 from moe_bitnet.cli.reporting.readings import COUNTS, key_figures, reading
-from moe_bitnet.cli.reporting.sections import Results, TrainingSection
-from moe_bitnet.cli.reporting.summary import step_command, to_report
-from moe_bitnet.cli.reporting.units import (
-    DASH,
-    divide,
-    format_bytes,
-    format_count,
-    format_number,
-    format_ratio,
-    format_seconds,
+from moe_bitnet.cli.reporting.section_tables import (
+    context_table,
+    load_table,
+    pack_table,
+    place_table,
+    traffic_table,
+    training_table,
 )
+from moe_bitnet.cli.reporting.sections import Results
+from moe_bitnet.cli.reporting.summary import is_complete, step_command, to_report
+from moe_bitnet.cli.reporting.units import DASH, format_bytes, format_count, format_number, format_seconds
 
 _TITLE = "Ternary experts beside their float twin"
 # The browser itself refuses whatever would leave the page, should anything ever slip in.
@@ -64,7 +63,7 @@ def _lede(results: Results) -> str:
     return (
         f"One mixture-of-experts model of {format_count(summary.num_parameters)} parameters, "
         f"{format_count(summary.num_active_parameters)} of them active for a token, trained twice{source}: once with "
-        f"weights in {{−1, 0, +1}}, once in float. {format_count(summary.num_tokens)} tokens each, same data, same order."
+        f"expert weights in {{−1, 0, +1}}, once in float, on {format_count(summary.num_tokens)} tokens."
     )
 
 
@@ -85,18 +84,18 @@ def _sections(results: Results) -> list[Markup]:
     """Build the numbered sections in the order of the demo's steps."""
     parts = [
         ("Text", ["data"], _data_content(results)),
-        ("Quality", ["ternary", "twin"], _with_figure("loss", results, _training_table(results))),
-        ("Size on disk", ["pack"], _with_figure("sizes", results, _pack_table(results))),
-        ("Placement", ["place"], _with_figure("devices", results, _place_table(results))),
-        ("Generation", ["generate"], _with_figure("traffic", results, _traffic_table(results))),
-        ("Long context", ["context"], _with_figure("context", results, _context_table(results))),
-        ("Expert load", ["ternary"], _with_figure("load", results, _load_table(results))),
+        ("Quality", ["ternary", "twin"], _with_figure("loss", results, training_table(results))),
+        ("Size on disk", ["pack"], _with_figure("sizes", results, pack_table(results))),
+        ("Placement", ["place"], _with_figure("devices", results, place_table(results))),
+        ("Generation", ["generate"], _with_figure("traffic", results, traffic_table(results))),
+        ("Long context", ["context"], _with_figure("context", results, context_table(results))),
+        ("Expert load", ["ternary"], _with_figure("load", results, load_table(results))),
         ("Machine", ["machine"], _machine_content(results)),
     ]
     sections = []
     for number, (title, needed, content) in enumerate(parts, start=1):
         heading = element("h2", element("span", f"{number}", class_="number"), title)
-        missing = [_missing(name) for name in needed if getattr(results, name) is None]
+        missing = [_missing(name, results) for name in needed if not is_complete(getattr(results, name))]
         if title == "Generation":
             content = join(content, _generated_text(results))
         sections.append(element("section", heading, *missing, content))
@@ -104,12 +103,15 @@ def _sections(results: Results) -> list[Markup]:
     return sections
 
 
-def _missing(name: str) -> Markup:
-    what = {"ternary": "The ternary model was not trained. ", "twin": "The float twin was not trained. "}
-    return element(
-        "p", what.get(name, "This step was not run. "), element("code", step_command(name)), " produces it.",
-        class_="missing",
-    )  # fmt: skip
+def _missing(name: str, results: Results) -> Markup:
+    who = {"ternary": "The ternary model", "twin": "The float twin"}.get(name)
+    if who is None:
+        what = "This step was not run. "
+    elif getattr(results, name) is None:
+        what = f"{who} was not trained. "
+    else:
+        what = f"{who} has not finished training. "
+    return element("p", what, element("code", step_command(name)), " produces it.", class_="missing")
 
 
 def _with_figure(name: str, results: Results, numbers: Markup) -> Markup:
@@ -141,74 +143,6 @@ def _data_content(results: Results) -> Markup:
     return join(element("p", sentence, class_="reading"), table(["", "training", "validation"], rows))
 
 
-def _training_table(results: Results) -> Markup:
-    summaries = [_summary(results.twin), _summary(results.ternary)]
-    if not any(summaries):
-        return Markup()
-
-    def row(name: str, write: Any) -> list[str]:
-        return [name, *(write(summary) if summary is not None else DASH for summary in summaries)]
-
-    rows = [
-        row("validation loss", lambda summary: format_number(summary.validation_loss)),
-        row("perplexity", lambda summary: format_number(summary.validation_ppl, 2)),
-        row("bits per byte", lambda summary: format_number(summary.validation_bits_per_byte)),
-        row("parameters", lambda summary: format_count(summary.num_parameters)),
-        row("in experts", lambda summary: format_count(summary.num_expert_parameters)),
-        row("steps", lambda summary: format_count(summary.num_steps)),
-        row("tokens per second", lambda summary: format_number(summary.tokens_per_s, 0)),
-        row("training time", lambda summary: format_seconds(summary.train_s)),
-        row("peak learning rate", lambda summary: f"{summary.peak_learning_rate:.2g}"),
-        row("compiled", lambda summary: "yes" if summary.is_compiled else "no"),
-    ]
-    return table(["", "float twin", "ternary"], rows)
-
-
-def _pack_table(results: Results) -> Markup:
-    if (pack := results.pack) is None:
-        return Markup()
-    rows = [["FP16", format_bytes(pack.fp16_file_bytes), format_bytes(pack.fp16_expert_bytes), "16.00"]]
-    for entry in pack.layouts:
-        bits = format_number(entry.bits_per_expert_weight, 2)
-        rows.append([entry.layout, format_bytes(entry.file_bytes), format_bytes(entry.expert_bytes), bits])
-    note = (
-        f"The packed model's logits differ from the unpacked ones by at most "
-        f"{pack.max_abs_logit_difference:.2g}; the largest logit is {format_number(pack.max_abs_logit, 1)}."
-    )
-    return join(table(["layout", "file", "experts", "bits a weight"], rows), element("p", note, class_="aside"))
-
-
-def _place_table(results: Results) -> Markup:
-    if (place := results.place) is None:
-        return Markup()
-    rows = [
-        ["devices needed", str(place.float16.num_devices), str(place.ternary.num_devices)],
-        ["lower bound", str(place.float16.lower_bound), str(place.ternary.lower_bound)],
-        ["one expert", format_bytes(place.float16.expert_bytes), format_bytes(place.ternary.expert_bytes)],
-        ["all experts", format_bytes(place.float16.total_bytes), format_bytes(place.ternary.total_bytes)],
-    ]
-    devices = [
-        [device.name, format_bytes(device.memory_bytes), format_bytes(device.reserved_bytes)]
-        for device in place.devices
-    ]
-    return join(table(["", "FP16", place.layout], rows), table(["device", "memory", "reserved"], devices))
-
-
-def _traffic_table(results: Results) -> Markup:
-    if (generate := results.generate) is None:
-        return Markup()
-    rows = []
-    for run in generate.runs:
-        parts = (run.dispatch_bytes, run.combine_bytes, run.metadata_bytes, run.header_bytes)
-        per_token = [format_bytes(round(part / run.num_tokens)) if run.num_tokens else DASH for part in parts]
-        same = "yes" if run.tokens_equal_single_process else "no"
-        rows.append([run.name, *per_token, format_seconds(run.seconds), same])
-    header = ["bytes a token", "dispatch", "combine", "metadata", "headers", "time", "same tokens"]
-    verdict = "the same tokens as" if generate.tokens_equal_single_process else "other tokens than"
-    note = f"Generation with remote experts gave {verdict} one process with all experts in it."
-    return join(table(header, rows), element("p", note, class_="aside"))
-
-
 def _generated_text(results: Results) -> Markup:
     if (generate := results.generate) is None:
         return Markup()
@@ -218,47 +152,10 @@ def _generated_text(results: Results) -> Markup:
         element(
             "figcaption",
             f"Prompt in bold, then {format_count(generate.num_new_tokens)} tokens generated with remote experts, "
-            "printed exactly as they came. The model is far too small to know facts.",
+            "unedited. A model of this size has learnt the look of its text, not facts.",
         ),
         class_="sample",
     )
-
-
-def _context_table(results: Results) -> Markup:
-    if (context := results.context) is None:
-        return Markup()
-    fp16 = next((entry.num_tokens for entry in context.formats if entry.format == "fp16"), None)
-    rows = [
-        [
-            entry.format,
-            format_count(entry.num_tokens),
-            format_ratio(divide(entry.num_tokens, fp16)),
-            format_bytes(entry.bytes_per_token),
-            format_number(entry.ppl_common, 2),
-            format_number(entry.ppl_all, 2),
-        ]
-        for entry in context.formats
-    ]
-    note = (
-        f"Model: {context.model}. “PPL” is over the same first {format_count(context.common_num_tokens)} tokens; “PPL, "
-        f"all” over all tokens held, and there it also shows that the model was trained on "
-        f"{format_count(context.trained_seq_len)} tokens at a time, not on longer ones."
-    )
-    header = ["cache", "tokens", "ratio", "a token", "PPL", "PPL, all"]
-    return join(table(header, rows), element("p", note, class_="aside"))
-
-
-def _load_table(results: Results) -> Markup:
-    rows = []
-    for name, section in (("float twin", results.twin), ("ternary", results.ternary)):
-        summary = _summary(section)
-        if summary is None or not any(summary.expert_load):
-            continue
-        shares = [share * len(layer) for layer in summary.expert_load for share in layer]
-        points = section.points if section is not None else ()
-        cv = format_number(points[-1].expert_load_cv, 2) if points else DASH
-        rows.append([name, format_number(max(shares), 2), format_number(min(shares), 2), cv])
-    return table(["", "busiest", "idlest", "CV, last step"], rows) if rows else Markup()
 
 
 def _machine_content(results: Results) -> Markup:
@@ -300,10 +197,6 @@ def _footer(results: Results) -> Markup:
     duration = f" The demo took {format_seconds(results.machine.demo_s)}." if results.machine is not None else ""
     note = "Bytes are binary: 1 KiB = 1,024 bytes. A dash stands for a number that is missing or not finite."
     return element("footer", element("p", f"{note}{duration}"))
-
-
-def _summary(section: TrainingSection | None) -> Any:
-    return section.summary if section is not None else None
 
 
 def _plain_number(value: float | None) -> str:

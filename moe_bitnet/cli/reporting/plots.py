@@ -73,7 +73,7 @@ def draw_loss(axes: Axes, results: Results, palette: Palette) -> None:
             continue
         losses = [(point.step, point.loss) for point in section.points]
         validation = [(point.step, point.validation_loss) for point in section.evaluations]
-        axes.plot(*_columns(losses), color=color, linewidth=0.9, alpha=0.35)
+        axes.plot(*_columns(losses), color=color, linewidth=1.1, alpha=0.45)
         axes.plot(
             *_columns(validation), color=color, linewidth=2.0, linestyle=style, marker="o", markersize=3.6, label=name
         )
@@ -234,6 +234,7 @@ def _draw_bars(axes: Axes, bars: Sequence[_Bar], palette: Palette, min_rows: int
     for row, bar in enumerate(bars):
         end = max(bar.value, start) if math.isfinite(bar.value) else start
         axes.barh(row, end - start, left=start, height=_BAR_HEIGHT, color=bar.color)
+        axes.plot([start, start], _bar_edges(row), color=palette.muted, linewidth=1.5)  # where zero is, seen at 0
         number = axes.annotate(
             bar.text, (end, row), xytext=(7, 0), textcoords="offset points", va="center", color=palette.ink,
             fontweight="bold", parse_math=False,
@@ -243,12 +244,11 @@ def _draw_bars(axes: Axes, bars: Sequence[_Bar], palette: Palette, min_rows: int
             color=palette.muted, fontsize="small", parse_math=False,
         )  # fmt: skip
         axes.annotate(
-            _shorten(bar.name), (0, row - _BAR_HEIGHT / 2), xycoords=("axes fraction", "data"), xytext=(0, 2),
+            _shorten(bar.name), (0, row - _BAR_HEIGHT / 2), xycoords=("axes fraction", "data"), xytext=(0, 3),
             textcoords="offset points", va="bottom", color=palette.muted, fontsize="small", parse_math=False,
         )  # fmt: skip
         if bar.mark is not None and math.isfinite(bar.mark) and bar.mark > start:
             axes.plot([bar.mark], [row], marker="D", markersize=5, color=palette.surface, markeredgecolor=palette.ink)
-    axes.plot([start, start], [-0.3, len(bars) - 0.7], color=palette.muted, linewidth=1.0)
     axes.set_ylim(max(len(bars), min_rows) - 0.6, -0.8)
     axes.set_axis_off()
     if is_log:

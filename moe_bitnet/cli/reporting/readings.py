@@ -20,8 +20,8 @@ from moe_bitnet.cli.reporting.units import (
 
 COUNTS = {
     "loss": (
-        "Mean cross-entropy of the next token in nats. Validation text is never trained on; both models see the same "
-        "tokens in the same order and differ in the precision of their weights alone."
+        "Mean cross-entropy of the next token in nats. Validation text is held out of training. The twin is the same "
+        "model with float weights; the precision is all that differs."
     ),
     "sizes": (
         "Bytes of the file as it lies on disk, embeddings, norms and scales included; “expert weights” are the "
@@ -95,18 +95,20 @@ def longest_cache(results: Results) -> CacheFormat | None:
 
 def _loss_figure(results: Results) -> KeyFigure:
     ternary, twin = final_validation(results.ternary), final_validation(results.twin)
+    if ternary is None and twin is None:
+        return KeyFigure("Validation loss vs. twin", DASH, "not run")
     left, right = twin[0] if twin else None, ternary[0] if ternary else None
     note = f"{format_number(right)} against {format_number(left)} nats/token"
-    return KeyFigure("Validation loss, to its twin", format_change(divide(right, left)), note)
+    return KeyFigure("Validation loss vs. twin", format_change(divide(right, left)), note)
 
 
 def _size_figure(results: Results) -> KeyFigure:
     layout = headline_layout(results)
     if results.pack is None or layout is None:
-        return KeyFigure("Model file", DASH, "not run")
+        return KeyFigure("Model file vs. FP16", DASH, "not run")
+    ratio = divide(layout.file_bytes, results.pack.fp16_file_bytes)
     note = f"{format_bytes(layout.file_bytes)} instead of {format_bytes(results.pack.fp16_file_bytes)}, all included"
-    value = _smaller(layout.file_bytes, results.pack.fp16_file_bytes)
-    return KeyFigure("Model file, to FP16", value, note)
+    return KeyFigure("Model file vs. FP16", _share(ratio), note)
 
 
 def _devices_figure(results: Results) -> KeyFigure:
@@ -118,7 +120,7 @@ def _devices_figure(results: Results) -> KeyFigure:
 
 def _traffic_figure(results: Results) -> KeyFigure:
     twin, runs = twin_run(results), ternary_runs(results)
-    label = "Between devices, per token"
+    label = "Device traffic a token"
     if not runs:
         return KeyFigure(label, DASH, "not run")
     start = _short_bytes(twin.bytes_per_token) if twin else DASH
@@ -131,10 +133,10 @@ def _traffic_figure(results: Results) -> KeyFigure:
 def _context_figure(results: Results) -> KeyFigure:
     best, fp16 = longest_cache(results), fp16_cache(results)
     if results.context is None or best is None or fp16 is None:
-        return KeyFigure("Longest context", DASH, "not run")
+        return KeyFigure("Longest context vs. FP16", DASH, "not run")
     budget = format_bytes(results.context.budget_bytes)
-    note = f"{format_count(best.num_tokens)} tokens in {budget}, {best.format} cache"
-    return KeyFigure("Longest context, to FP16", format_ratio(divide(best.num_tokens, fp16.num_tokens)), note)
+    note = f"{best.format} cache: {format_count(best.num_tokens)} tokens in {budget}"
+    return KeyFigure("Longest context vs. FP16", format_ratio(divide(best.num_tokens, fp16.num_tokens)), note)
 
 
 def _loss_reading(results: Results) -> str:
@@ -143,7 +145,7 @@ def _loss_reading(results: Results) -> str:
         name, one = ("ternary model", ternary) if ternary else ("float twin", twin)
         if one is None:
             return "Training has begun; there is no validation loss yet."
-        return f"The {name} has a validation loss of {format_number(one[0])} so far; the other is not trained."
+        return f"The {name} has a validation loss of {format_number(one[0])}; the other has none yet."
     change = divide(ternary[0], twin[0])
     if change is None:
         return "A validation loss is not finite: at least one of the two trainings diverged."
@@ -162,8 +164,8 @@ def _sizes_reading(results: Results) -> str:
     file = divide(layout.file_bytes, pack.fp16_file_bytes)
     bits = format_number(layout.bits_per_expert_weight, 2)
     return (
-        f"Packed as {layout.layout} at {bits} bits a weight, the experts take {_share(experts)} of their FP16 bytes and "
-        f"the whole file {_share(file)}, since embeddings stay unpacked."
+        f"Packed as {layout.layout} at {bits} bits a weight, the experts take {_share(experts)} of their FP16 bytes; "
+        f"the whole file, with all that is not an expert, takes {_share(file)}."
     )
 
 
@@ -221,8 +223,8 @@ def _load_reading(results: Results) -> str:
     name = "ternary model" if section is results.ternary else "float twin"
     cv = format_number(load_cv(load), 2)
     return (
-        f"In the {name} the busiest expert receives {format_number(max(shares), 2)} times the even share and the idlest "
-        f"{format_number(min(shares), 2)} times (CV {cv})."
+        f"In the {name} the busiest expert receives {format_number(max(shares), 2)} times the even share "
+        f"and the idlest {format_number(min(shares), 2)} times (CV {cv})."
     )
 
 
@@ -232,13 +234,6 @@ def _devices(count: int) -> str:
 
 def _share(ratio: float | None) -> str:
     return DASH if ratio is None else f"{100 * ratio:.0f} %"
-
-
-def _smaller(num_bytes: float, baseline: float) -> str:
-    ratio = divide(baseline, num_bytes)
-    if ratio is None:
-        return DASH
-    return f"{format_ratio(ratio)} smaller" if ratio >= 1 else f"{format_ratio(1 / ratio)} larger"
 
 
 def _short_bytes(num_bytes: float) -> str:

@@ -64,12 +64,17 @@ def step_command(section: str) -> str:
     return f"moe-bitnet demo --only {step}"
 
 
+def is_complete(section: object) -> bool:
+    """Tell whether the step of a section (a value of a field of :class:`Results`) was run to its end."""
+    return section is not None and not (isinstance(section, TrainingSection) and section.summary is None)
+
+
 def to_report(results: Results) -> dict[str, Any]:
     """Summarise results as strict JSON values.
 
     Returns:
         ``metrics`` (the headline numbers, one flat object each), ``comparison`` (the rows of the table, as
-        text), ``missing`` (sections not run and the command for each) and ``sections`` (the inputs; of the
+        text), ``missing`` (sections not run or not finished and the command for each) and ``sections`` (the inputs; of the
         training history the evaluations only, the rest stays in ``metrics.jsonl``).
     """
     sections = {name: getattr(results, name) for name, _, _ in STEPS}
@@ -80,7 +85,7 @@ def to_report(results: Results) -> dict[str, Any]:
         "missing": [
             {"section": name, "title": title, "command": step_command(name)}
             for name, title, _ in STEPS
-            if sections[name] is None
+            if not is_complete(sections[name])
         ],
         "sections": {name: _to_dict(section) for name, section in sections.items() if section is not None},
     }

@@ -24,7 +24,7 @@ def print_report(report: dict[str, Any] | Results, console: Console) -> None:
     else:
         console.print(Text(f"{report['run']}: nothing to compare yet."))
     for entry in report["missing"]:
-        console.print(Text.assemble((f"not run: {entry['title']}", "yellow"), "  →  ", (entry["command"], "bold")))
+        console.print(Text.assemble((f"not complete: {entry['title']}", "yellow"), "  →  ", (entry["command"], "bold")))
 
 
 def comparison_table(report: dict[str, Any]) -> Table:

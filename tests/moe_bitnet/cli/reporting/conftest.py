@@ -84,8 +84,8 @@ def sample_files() -> dict[str, Any]:
         },
         "pack.json": {
             "layouts": [
-                {"layout": "2bit", "file_bytes": 5_872_640, "expert_bytes": 1_576_960, "bits_per_expert_weight": 2.005},
-                {"layout": "base3", "file_bytes": 5_562_368, "expert_bytes": 1_266_688, "bits_per_expert_weight": 1.611},
+                packed_layout("2bit", 5_872_640, 1_576_960, 2.005),
+                packed_layout("base3", 5_562_368, 1_266_688, 1.611),
             ],
             "fp16_file_bytes": 16_877_056,
             "fp16_expert_bytes": 12_582_912,
@@ -134,6 +134,15 @@ def sample_files() -> dict[str, Any]:
             "steps_s": {"data": 31.5, "train-ternary": 566.2, "train-float": 531.9, "pack": 2.1, "generate": 88.0},
         },
     }  # fmt: skip
+
+
+def packed_layout(layout: str, file_bytes: int, expert_bytes: int, bits: float) -> dict[str, Any]:
+    return {
+        "layout": layout,
+        "file_bytes": file_bytes,
+        "expert_bytes": expert_bytes,
+        "bits_per_expert_weight": bits,
+    }
 
 
 def traffic_run(

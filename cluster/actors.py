@@ -1,0 +1,79 @@
+"""Ray around the expert host: the actor, and the client that reaches it."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from cluster.expert_host import ExpertHost, ExpertSlice
+from moe_bitnet.errors import ClusterError, MoEBitNetError
+
+logger = logging.getLogger(__name__)
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class ExpertHostActor:
+    """One device's experts in a process of their own; see :class:`cluster.expert_host.ExpertHost`.
+
+    It asks Ray for no CPU: a logical device is a share of memory, and a device that
+    Ray cannot give would make the creation wait for ever without a word.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        self._host = ExpertHost(*arguments)
+
+    def load(self, slices: Sequence[ExpertSlice]) -> int:
+        """Take the experts of some layers; returns the bytes held."""
+        for experts in slices:
+            self._host.load(experts)
+        return self._host.held_bytes
+
+    def answer(self, frame: bytes) -> bytes:
+        """Run one dispatch frame; returns the combine frame."""
+        return self._host.answer(frame)
+
+
+class RayHostClient:
+    """Reaches an :class:`ExpertHostActor` by actor calls.
+
+    Args:
+        actor: handle of the actor.
+        device_name: for messages.
+        timeout_s: seconds to wait for an answer.
+    """
+
+    def __init__(self, actor: Any, device_name: str, timeout_s: float) -> None:
+        self._actor = actor
+        self._device_name = device_name
+        self.timeout_s = timeout_s
+
+    def send(self, frame: bytes) -> Callable[[], bytes]:
+        """Send a dispatch frame; the returned function waits for the combine frame."""
+        answer = self._actor.answer.remote(frame)
+        return lambda: self._wait(answer)
+
+    def load(self, slices: Sequence[ExpertSlice]) -> Callable[[], int]:
+        """Send experts through the object store; the returned function waits and gives the bytes held."""
+        held = self._actor.load.remote(ray.put(slices))
+        return lambda: self._wait(held)
+
+    def kill(self) -> None:
+        """End the actor's process at once."""
+        ray.kill(self._actor)
+
+    def _wait(self, reference: Any) -> Any:
+        try:
+            return ray.get(reference, timeout=self.timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise ClusterError(
+                f"host {self._device_name!r} did not answer within {self.timeout_s} s. "
+                f"Raise request_timeout_s, or start the hosts again."
+            ) from error
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, MoEBitNetError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayActorError as error:
+            raise ClusterError(f"host {self._device_name!r} died ({error}). Start the hosts again.") from error

@@ -1,0 +1,170 @@
+"""The life of a cluster: connect to Ray, start the expert hosts of a placement, shut down.
+
+``connect`` yields a session; ``start_expert_hosts`` yields executors to hand to
+``model.replace_experts``. Both are context managers and leave no actor, and no
+Ray that they started, behind.
+"""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from cluster.actors import ExpertHostActor, RayHostClient
+from cluster.config import ClusterConfig
+from cluster.expert_host import ExpertSlice, slice_experts
+from cluster.placement.placement import Placement
+from cluster.placement.problem import PlacementProblem
+from cluster.remote_experts import RemoteExperts
+from cluster.transport.meter import TrafficMeter
+from moe_bitnet.checkpoint.pack import model_layout
+from moe_bitnet.errors import ClusterError
+from moe_bitnet.experts import GroupedExperts
+from moe_bitnet.model import MoETransformer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExpertHosts:
+    """Running hosts.
+
+    Attributes:
+        executors: one for each MoE layer, for ``model.replace_experts``.
+        meter: bytes that the executors send and receive.
+        held_bytes: expert bytes on each device, in the placement's order.
+    """
+
+    executors: list[RemoteExperts]
+    meter: TrafficMeter
+    held_bytes: list[int]
+
+
+@contextmanager
+def connect(config: ClusterConfig | None = None) -> Iterator[None]:
+    """Use a Ray that is connected already, else the one at ``config.address``, else start a local one.
+
+    A Ray that was connected here is disconnected at the end, and shut down if it was started here.
+
+    Raises:
+        ClusterError: the address does not answer, or is not a Ray cluster of this version.
+    """
+    config = config or ClusterConfig()
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if config.address is None:
+        ray.init(
+            address="local",
+            num_cpus=config.num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    else:
+        _check_address(config.address, config.connect_timeout_s)
+        try:
+            ray.init(address=config.address, log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise ClusterError(
+                f"Ray at {config.address} answers but cannot be used ({error}). "
+                f"Check that it is a Ray head of version {ray.__version__}, or leave the address out to start one here."
+            ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def start_expert_hosts(
+    model: MoETransformer,
+    problem: PlacementProblem,
+    placement: Placement,
+    config: ClusterConfig | None = None,
+    on_host_ready: Callable[[str, int], None] | None = None,
+) -> Iterator[ExpertHosts]:
+    """Start one Ray actor for each device of a placement and load its experts.
+
+    Args:
+        model: on the CPU, with its experts in place: they are copied to the hosts.
+        problem: what was placed; gives the memory of each device.
+        placement: device of every expert.
+        config: row formats and timeouts.
+        on_host_ready: called with a device's name and the bytes it holds, as each host becomes ready.
+    Yields:
+        the running hosts; they end with the block.
+    Raises:
+        PlacementError: the placement does not fit the devices.
+        ClusterError: a host does not start in time.
+    """
+    config = config or ClusterConfig()
+    placement.check(problem)
+    usable = {device.name: device.usable_bytes for device in problem.topology.devices}
+    layout = model_layout(model)
+    clients: list[RayHostClient] = []
+    try:
+        for device_index, name in enumerate(placement.device_names):
+            room = usable[name] - (problem.home_bytes if device_index == 0 else 0)
+            actor = ExpertHostActor.remote(name, room, model.config, layout, config.combine)
+            clients.append(RayHostClient(actor, name, config.connect_timeout_s))
+        loading = [client.load(_slices(model, placement, index)) for index, client in enumerate(clients)]
+        held_bytes = []
+        for name, wait in zip(placement.device_names, loading, strict=True):
+            held_bytes.append(wait())
+            logger.info("host %s is ready with %d expert bytes", name, held_bytes[-1])
+            if on_host_ready is not None:
+                on_host_ready(name, held_bytes[-1])
+        for client in clients:
+            client.timeout_s = config.request_timeout_s
+        meter = TrafficMeter()
+        executors = [
+            RemoteExperts(layer_index, placement, clients, meter, config.dispatch)
+            for layer_index in range(placement.num_layers)
+        ]
+        yield ExpertHosts(executors, meter, held_bytes)
+    finally:
+        for client in clients:
+            client.kill()
+
+
+def _slices(model: MoETransformer, placement: Placement, device_index: int) -> list[ExpertSlice]:
+    slices: list[ExpertSlice] = []
+    for layer_index, block in enumerate(model.blocks):
+        experts = block.moe.experts
+        assert isinstance(experts, GroupedExperts)
+        expert_ids = placement.expert_ids_on(device_index, layer_index)
+        if expert_ids:
+            slices.append(slice_experts(experts, layer_index, expert_ids))
+    return slices
+
+
+def _check_address(address: str, timeout_s: float) -> None:
+    """Find out in time whether a Ray head answers at ``address``; Ray itself goes on trying for minutes.
+
+    The check runs in a process of its own, because Ray's client cannot be interrupted.
+    """
+    if address == "auto":
+        return
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():
+        raise ClusterError(f"Ray address {address!r} is not host:port, such as 10.0.0.1:6379.")
+    advice = "Start one with 'ray start --head', check host and port, or leave the address out to start one here."
+    try:
+        socket.create_connection((host, int(port)), timeout=timeout_s).close()
+    except OSError as error:
+        raise ClusterError(f"no Ray cluster answers at {address} ({error}). {advice}") from error
+    if address.startswith("ray://"):
+        return  # the client protocol has its own time-out
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=timeout_s)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        raise ClusterError(f"something listens at {address}, but it is no healthy Ray head. {advice}") from error

@@ -8,7 +8,10 @@ import ray
 import ray.exceptions
 
 from cluster.expert_host import ExpertHost, ExpertSlice
+from cluster.transport.row_format import CombineFormat
+from moe_bitnet.config import ModelConfig
 from moe_bitnet.errors import ClusterError, MoEBitNetError
+from moe_bitnet.packing import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +24,16 @@ class ExpertHostActor:
     Ray cannot give would make the creation wait for ever without a word.
     """
 
-    def __init__(self, *arguments: Any) -> None:
-        self._host = ExpertHost(*arguments)
+    def __init__(
+        self,
+        device_name: str,
+        usable_bytes: int,
+        config: ModelConfig,
+        layout: Layout | None,
+        combine: CombineFormat = "float32",
+        epoch: int = 0,
+    ) -> None:
+        self._host = ExpertHost(device_name, usable_bytes, config, layout, combine, epoch)
 
     def load(self, slices: Sequence[ExpertSlice]) -> int:
         """Take the experts of some layers; returns the bytes held."""
@@ -69,11 +80,18 @@ class RayHostClient:
         except ray.exceptions.GetTimeoutError as error:
             raise ClusterError(
                 f"host {self._device_name!r} did not answer within {self.timeout_s} s. "
-                f"Raise request_timeout_s, or start the hosts again."
+                f"Raise connect_timeout_s for loading or request_timeout_s for answers, or start the hosts again."
             ) from error
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, MoEBitNetError):
                 raise error.cause from None
             raise
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayError as error:  # the actor, its node or the answer is gone
             raise ClusterError(f"host {self._device_name!r} died ({error}). Start the hosts again.") from error
+
+
+def start_actor(*arguments: Any) -> Any:
+    """Start an :class:`ExpertHostActor` with its arguments; returns its handle without waiting."""
+    # Ray's decorator turns the class into something that type checkers do not see
+    actor_class: Any = ExpertHostActor
+    return actor_class.remote(*arguments)

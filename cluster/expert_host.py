@@ -2,10 +2,14 @@
 
 ::
 
-    dispatch frame ──► check epoch, layer, experts ──► rows sorted by expert ──► GroupedExperts ──► combine frame
+    dispatch frame ──► check plan, layer, experts, rows ──► rows sorted by expert ──► GroupedExperts ──► combine frame
 
 It refuses weights that exceed its device's memory, and frames of another plan.
 An expert that it does not hold is an error, never skipped.
+
+All rows of an expert come to one host and are grouped as the local executor
+groups them (the same order, the same alignment): what comes out is what the
+local experts give, bit for bit.
 """
 
 from collections.abc import Mapping
@@ -20,6 +24,7 @@ from cluster.transport.frames import CombineFrame, DispatchFrame
 from cluster.transport.header import FrameLimits
 from cluster.transport.row_format import CombineFormat
 from moe_bitnet.config import ModelConfig
+from moe_bitnet.dispatch import sort_by_expert
 from moe_bitnet.errors import ClusterError, PlacementError
 from moe_bitnet.experts import ExpertInput, GroupedExperts, build_experts
 from moe_bitnet.packing import Layout
@@ -85,12 +90,18 @@ class ExpertHost:
             bytes held by this host afterwards.
         Raises:
             PlacementError: they do not fit into the device's memory; nothing is loaded.
+            ClusterError: experts of this layer are here already.
         """
+        if experts.layer_index in self._layers:
+            raise ClusterError(
+                f"host {self._device_name!r} holds experts of layer {experts.layer_index} already. "
+                f"Send all experts of a layer at once."
+            )
         if self.held_bytes + experts.num_bytes > self._usable_bytes:
             missing = self.held_bytes + experts.num_bytes - self._usable_bytes
             raise PlacementError(
-                f"host {self._device_name!r} holds {self.held_bytes} of {self._usable_bytes} bytes and was asked to load "
-                f"{experts.num_bytes} more: {missing} bytes are missing. Place fewer experts on this device."
+                f"host {self._device_name!r} holds {self.held_bytes} of {self._usable_bytes} bytes and was asked to "
+                f"load {experts.num_bytes} more: {missing} bytes are missing. Place fewer experts on this device."
             )
         with torch.device("meta"):
             module = build_experts(self._config, len(experts.expert_ids), self._layout)
@@ -106,7 +117,8 @@ class ExpertHost:
         """Run one dispatch frame and return the combine frame.
 
         Raises:
-            ClusterError: the frame is damaged, follows another plan, or asks for an expert that is not here.
+            ClusterError: the frame is damaged, follows another plan, asks for an expert that is not here,
+                or its rows are none that this model's experts take.
         """
         frame = decode_dispatch(buffer, self._limits)
         if frame.epoch != self._epoch:
@@ -114,13 +126,13 @@ class ExpertHost:
                 f"host {self._device_name!r} follows plan {self._epoch}, the frame follows plan {frame.epoch}. "
                 f"Send it again to the host of the current plan."
             )
-        experts, expert_offsets = self._find_experts(frame)
-        rows = ExpertInput(frame.rows, frame.scales).take(frame.row_indices.long())
-        outputs = experts.compute(rows, expert_offsets).to(self._combine_dtype)
+        experts, local_expert_indices = self._find_experts(frame)
+        rows = self._prepare(experts, frame).take(frame.row_indices.long())
+        outputs = _run_pairs(experts, rows, local_expert_indices).to(self._combine_dtype)
         return encode(CombineFrame(frame.layer_index, self._epoch, outputs))
 
     def _find_experts(self, frame: DispatchFrame) -> tuple[GroupedExperts, Tensor]:
-        """Return the layer's experts and the offsets ``[num_experts_here + 1]`` of the frame's pairs."""
+        """Return the layer's experts and, for each of the frame's pairs, the index of its expert among them."""
         if frame.layer_index not in self._layers:
             raise ClusterError(f"host {self._device_name!r} holds no expert of layer {frame.layer_index}.")
         experts, held_ids = self._layers[frame.layer_index]
@@ -131,9 +143,33 @@ class ExpertHost:
                 f"host {self._device_name!r} does not hold expert {missing[0]} of layer {frame.layer_index}; "
                 f"it holds {held_ids.tolist()}. The sender follows another placement."
             )
-        # pairs are ascending by expert id, so the first pair of each held expert bounds the groups
-        starts = torch.searchsorted(frame.expert_ids, held_ids)
-        return experts, torch.cat((starts, starts.new_full((1,), len(frame.expert_ids))))
+        return experts, torch.searchsorted(held_ids, frame.expert_ids)
+
+    def _prepare(self, experts: GroupedExperts, frame: DispatchFrame) -> ExpertInput:
+        """Return the frame's rows as the experts take them; float rows for ternary experts are quantized here."""
+        hidden_size = self._config.hidden_size
+        if frame.rows.shape[1] != hidden_size:
+            raise ClusterError(
+                f"host {self._device_name!r} serves a model with hidden_size {hidden_size}, the frame has rows of "
+                f"{frame.rows.shape[1]}. The sender runs another model."
+            )
+        if frame.scales is None:
+            return experts.prepare(frame.rows.float())
+        if not self._config.is_ternary:
+            raise ClusterError(
+                f"host {self._device_name!r} holds float experts, which take no int8 rows. "
+                f"Dispatch in float16 or float32."
+            )
+        return ExpertInput(frame.rows, frame.scales)
+
+
+def _run_pairs(experts: GroupedExperts, rows: ExpertInput, local_expert_indices: Tensor) -> Tensor:
+    """Run each row ``[m, H]`` through its expert (int64 ``[m]``, ascending); returns float32 ``[m, H]``."""
+    if not len(local_expert_indices):
+        return torch.empty(rows.rows.shape)
+    dispatch = sort_by_expert(local_expert_indices.unsqueeze(1), experts.num_experts, experts.row_alignment)
+    outputs = experts.compute(rows.take(dispatch.sorted_token_indices), dispatch.expert_offsets)
+    return outputs[dispatch.slot_positions]
 
 
 def slice_experts(experts: GroupedExperts, layer_index: int, expert_ids: list[int]) -> ExpertSlice:

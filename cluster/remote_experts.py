@@ -9,6 +9,8 @@ A token's row crosses to a device once, however many of its experts are there.
 The experts' rows are added at home in the order of the token's choices, exactly
 as the local executor does it: with float32 rows on the way back the sum is the
 local one bit for bit.
+
+Forward only: no gradient passes the hosts.
 """
 
 from collections.abc import Callable, Sequence
@@ -84,7 +86,7 @@ class RemoteExperts:
         rows, scales = self._prepare(hidden_states)
         devices = self._device_of_expert[routing.expert_indices]  # [T, K]
         waiting = []
-        for device_index in devices.unique().tolist():
+        for device_index in torch.unique(devices).tolist():
             frame, slots = self._frame_for(devices == device_index, routing, rows, scales)
             self._record(HOME, device_index, "dispatch", frame)
             waiting.append((device_index, slots, self._clients[device_index].send(encode(frame))))
@@ -123,7 +125,7 @@ class RemoteExperts:
         order = expert_ids.argsort(stable=True)
         slots, expert_ids = slots[order], expert_ids[order]
         tokens = slots // is_here.shape[1]
-        sent_tokens, row_indices = tokens.unique(return_inverse=True)  # each token once
+        sent_tokens, row_indices = torch.unique(tokens, return_inverse=True)  # each token once
         frame = DispatchFrame(
             self._layer_index,
             self._epoch,

@@ -10,13 +10,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
 
-from cluster.actors import ExpertHostActor, RayHostClient
+from cluster.actors import RayHostClient, start_actor
 from cluster.config import ClusterConfig
 from cluster.expert_host import ExpertSlice, slice_experts
 from cluster.placement.placement import Placement
@@ -24,9 +25,9 @@ from cluster.placement.problem import PlacementProblem
 from cluster.remote_experts import RemoteExperts
 from cluster.transport.meter import TrafficMeter
 from moe_bitnet.checkpoint.pack import model_layout
-from moe_bitnet.errors import ClusterError
+from moe_bitnet.errors import ClusterError, ConfigError, PlacementError
 from moe_bitnet.experts import GroupedExperts
-from moe_bitnet.model import MoETransformer
+from moe_bitnet.model import Block, MoETransformer
 
 logger = logging.getLogger(__name__)
 
@@ -102,18 +103,22 @@ def start_expert_hosts(
     Yields:
         the running hosts; they end with the block.
     Raises:
-        PlacementError: the placement does not fit the devices.
-        ClusterError: a host does not start in time.
+        PlacementError: the placement does not fit the devices, or is one of another model.
+        ConfigError: the experts do not take rows in the format ``config.dispatch``.
+        ClusterError: Ray is not connected, the model's experts are elsewhere, or a host does not start in time.
     """
     config = config or ClusterConfig()
     placement.check(problem)
+    _check_model(model, placement, config)
+    if not ray.is_initialized():  # else Ray would start a cluster of its own accord
+        raise ClusterError("start_expert_hosts: Ray is not connected. Call it inside 'with connect(...)'.")
     usable = {device.name: device.usable_bytes for device in problem.topology.devices}
     layout = model_layout(model)
     clients: list[RayHostClient] = []
     try:
         for device_index, name in enumerate(placement.device_names):
             room = usable[name] - (problem.home_bytes if device_index == 0 else 0)
-            actor = ExpertHostActor.remote(name, room, model.config, layout, config.combine)
+            actor = start_actor(name, room, model.config, layout, config.combine)
             clients.append(RayHostClient(actor, name, config.connect_timeout_s))
         loading = [client.load(_slices(model, placement, index)) for index, client in enumerate(clients)]
         held_bytes = []
@@ -135,11 +140,28 @@ def start_expert_hosts(
             client.kill()
 
 
+def _check_model(model: MoETransformer, placement: Placement, config: ClusterConfig) -> None:
+    if (placement.num_layers, placement.num_experts) != (model.config.num_layers, model.config.num_experts):
+        raise PlacementError(
+            f"the placement has {placement.num_layers} layers of {placement.num_experts} experts, the model "
+            f"{model.config.num_layers} of {model.config.num_experts}. Solve the placement for this model."
+        )
+    if config.dispatch == "int8" and not model.config.is_ternary:
+        raise ConfigError(
+            "dispatch is 'int8', but the experts of this model are float and take no int8 rows. "
+            "Set dispatch to 'float32' (exact) or 'float16'."
+        )
+
+
 def _slices(model: MoETransformer, placement: Placement, device_index: int) -> list[ExpertSlice]:
     slices: list[ExpertSlice] = []
     for layer_index, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
         experts = block.moe.experts
-        assert isinstance(experts, GroupedExperts)
+        if not isinstance(experts, GroupedExperts):
+            raise ClusterError(
+                "start_expert_hosts: the experts of this model run elsewhere already. Load the model again."
+            )
         expert_ids = placement.expert_ids_on(device_index, layer_index)
         if expert_ids:
             slices.append(slice_experts(experts, layer_index, expert_ids))
@@ -153,18 +175,22 @@ def _check_address(address: str, timeout_s: float) -> None:
     """
     if address == "auto":
         return
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if not separator or not port.isdigit():
+    deadline = time.monotonic() + timeout_s
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise ClusterError(f"Ray address {address!r} is not host:port, such as 10.0.0.1:6379.")
     advice = "Start one with 'ray start --head', check host and port, or leave the address out to start one here."
     try:
         socket.create_connection((host, int(port)), timeout=timeout_s).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: the host cannot be a name
         raise ClusterError(f"no Ray cluster answers at {address} ({error}). {advice}") from error
     if address.startswith("ray://"):
         return  # the client protocol has its own time-out
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
-        subprocess.run(command, check=True, capture_output=True, timeout=timeout_s)
+        subprocess.run(command, check=True, capture_output=True, timeout=max(0.0, deadline - time.monotonic()))
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-        raise ClusterError(f"something listens at {address}, but it is no healthy Ray head. {advice}") from error
+        raise ClusterError(
+            f"something listens at {address}, but it did not prove to be a healthy Ray head within {timeout_s} s. "
+            f"{advice}"
+        ) from error

@@ -28,7 +28,7 @@ class AttentionCache(Protocol):
         ...
 
     def attend(self, layer_index: int, query: Tensor) -> Tensor:
-        """Return causal attention ``[T, N, D]`` of ``query`` ``[T, N, D]``, the last T tokens, over all that is held."""
+        """Return causal attention ``[T, N, D]`` of the last T tokens' ``query`` ``[T, N, D]`` over all that is held."""
         ...
 
 

@@ -78,10 +78,9 @@ class PackedBitLinear(nn.Module):
     def from_bitlinear(cls, linear: BitLinear, layout: Layout) -> "PackedBitLinear":
         """Quantize and pack a trained layer."""
         out_features, in_features = linear.weight.shape
-        has_norm = isinstance(linear.norm, RMSNorm)
-        packed = cls(in_features, out_features, layout, linear.norm.eps if has_norm else None)
-        if has_norm:
-            packed.norm.load_state_dict(linear.norm.state_dict())
+        norm = linear.norm
+        packed = cls(in_features, out_features, layout, norm.eps if isinstance(norm, RMSNorm) else None)
+        packed.norm.load_state_dict(norm.state_dict())
         weight_ternary, weight_scale = quantize_weight(linear.weight.detach())
         packed.weight_packed = pack(weight_ternary, layout)
         packed.weight_scale = weight_scale
@@ -97,4 +96,4 @@ class PackedBitLinear(nn.Module):
         rows = self.norm(x).flatten(0, -2)
         x_q, activation_scale = select("quantize_activation", rows.device.type)(rows)
         output: Tensor = select("ternary_linear", rows.device.type)(x_q, activation_scale, self.packed)
-        return output.unflatten(0, x.shape[:-1])
+        return output.view(*x.shape[:-1], -1)

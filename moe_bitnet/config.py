@@ -112,7 +112,9 @@ class ModelConfig:
             else:
                 smallest = 0 if field.name in ("num_shared_experts", "head_dim") else 1
                 if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                    raise ConfigError(f"ModelConfig: {field.name} is {value!r}; give an integer of at least {smallest}.")
+                    raise ConfigError(
+                        f"ModelConfig: {field.name} is {value!r}; give an integer of at least {smallest}."
+                    )
 
     @property
     def is_ternary(self) -> bool:

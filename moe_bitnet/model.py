@@ -49,9 +49,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer_index)
         self.moe = MoELayer(config)
 
-    def forward(
-        self, hidden_states: Tensor, cache: AttentionCache | None = None
-    ) -> tuple[Tensor, RoutingStatistics]:
+    def forward(self, hidden_states: Tensor, cache: AttentionCache | None = None) -> tuple[Tensor, RoutingStatistics]:
         """Return the next ``hidden_states`` ``[B, S, H]`` and the statistics of the router."""
         hidden_states = hidden_states + self.attention(hidden_states, cache)
         output, statistics = self.moe(hidden_states.flatten(0, 1))
@@ -107,7 +105,9 @@ class MoETransformer(nn.Module):
             ShapeError: not one executor a layer.
         """
         if len(executors) != len(self.blocks):
-            raise ShapeError(f"replace_experts: {len(executors)} executors for {len(self.blocks)} layers. Give one a layer.")
+            raise ShapeError(
+                f"replace_experts: {len(executors)} executors for {len(self.blocks)} layers. Give one a layer."
+            )
         for block, executor in zip(self.blocks, executors, strict=True):
             assert isinstance(block, Block)
             del block.moe.experts
@@ -117,7 +117,9 @@ class MoETransformer(nn.Module):
         if token_ids.dim() != 2 or token_ids.numel() == 0:
             raise ShapeError(f"token_ids has shape {tuple(token_ids.shape)}; give [batch_size, seq_len], not empty.")
         if cache is not None and token_ids.shape[0] != 1:
-            raise ShapeError(f"token_ids holds {token_ids.shape[0]} sequences; a cache holds one. Pass them one by one.")
+            raise ShapeError(
+                f"token_ids holds {token_ids.shape[0]} sequences; a cache holds one. Pass them one by one."
+            )
         if not torch.compiler.is_compiling():
             largest, smallest = int(token_ids.max()), int(token_ids.min())
             if largest >= self.config.vocab_size or smallest < 0:

@@ -57,8 +57,8 @@ class PackedTernary:
         """Return the weights as int8 in {-1, 0, 1}, ``[..., out_features, in_features]``."""
         return unpack(self.weight_packed, self.in_features, self.layout)
 
-    def select(self, index: Tensor) -> "PackedTernary":
-        """Return the matrices at ``index`` (int64 ``[n]``) of the first dimension."""
+    def select(self, index: int) -> "PackedTernary":
+        """Return the matrix at ``index`` of the first dimension, as a view."""
         return PackedTernary(self.weight_packed[index], self.weight_scale[index], self.in_features, self.layout)
 
 
@@ -95,8 +95,8 @@ def pack(weight_ternary: Tensor, layout: Layout) -> Tensor:
     count = WEIGHTS_PER_BYTE[layout]
     padding = -weight_ternary.shape[-1] % count
     codes = torch.nn.functional.pad(weight_ternary, (0, padding)).to(torch.int16) + 1
-    groups = codes.unflatten(-1, (-1, count))  # [..., bytes, count]
-    return (groups * _place_values(layout)).sum(dim=-1).to(torch.uint8)
+    groups = codes.reshape(*codes.shape[:-1], -1, count)  # [..., bytes, count]
+    return torch.sum(groups * _place_values(layout), dim=-1).to(torch.uint8)
 
 
 def unpack(weight_packed: Tensor, in_features: int, layout: Layout) -> Tensor:
@@ -132,13 +132,12 @@ def check_packed(weight_packed: Tensor, in_features: int, layout: Layout, name: 
             f"{name}: packed weights are {weight_packed.dtype} with rows of {weight_packed.shape[-1]} bytes; "
             f"{in_features} inputs in layout {layout} need uint8 rows of {width} bytes. Pack the model again."
         )
-    if layout == "2bit":
-        # a code of 3 has both bits set
-        is_invalid = (weight_packed & (weight_packed >> 1) & 0b01010101).any()
-    else:
-        is_invalid = (weight_packed > 242).any()
-    if is_invalid:
-        raise CheckpointError(f"{name}: holds a byte that encodes no ternary weights in layout {layout}. The file is damaged.")
+    # in 2 bits a code of 3 has both bits set
+    is_invalid = weight_packed & (weight_packed >> 1) & 0b01010101 if layout == "2bit" else weight_packed > 242
+    if is_invalid.any():
+        raise CheckpointError(
+            f"{name}: holds a byte that encodes no ternary weights in layout {layout}. The file is damaged."
+        )
 
 
 def _place_values(layout: Layout) -> Tensor:

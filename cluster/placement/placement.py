@@ -16,9 +16,10 @@ from typing import Any
 
 from cluster.placement.bound import device_lower_bound
 from cluster.placement.problem import PlacementProblem
-from cluster.topology import format_bytes, read_json
+from cluster.topology import read_json
 from moe_bitnet.errors import PlacementError
 from moe_bitnet.files import write_json_atomically
+from moe_bitnet.units import format_bytes
 
 _REQUIRED = {"device_names", "device_of_expert"}
 _COMPUTED = {"lower_bound", "bytes_per_device"}

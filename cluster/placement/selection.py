@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from cluster.placement.problem import PlacementProblem
-from cluster.topology import format_bytes
 from moe_bitnet.errors import PlacementError
+from moe_bitnet.units import format_bytes
 
 
 @dataclass(frozen=True)

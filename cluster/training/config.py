@@ -225,6 +225,5 @@ def _check_integer(name: str, value: object, smallest: int) -> None:
 def _check_number(name: str, value: object, is_zero_allowed: bool) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 <= value < float("inf") or (value == 0 and not is_zero_allowed):  # type: ignore[operator]
-        raise ConfigError(
-            f"TrainConfig: {name} is {value!r}; give a {'number of 0 or more' if is_zero_allowed else 'positive number'}."
-        )
+        allowed = "number of 0 or more" if is_zero_allowed else "positive number"
+        raise ConfigError(f"TrainConfig: {name} is {value!r}; give a {allowed}.")

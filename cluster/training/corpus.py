@@ -1,8 +1,7 @@
 """Documents of real text: paths enter, a deduplicated list of named texts leaves.
 
-Without a path the text is the standard library of the running interpreter: its
-sources (about 31 MB with its tests, 12 MB where a distribution leaves those
-out) and the docstrings of its C modules. Nothing is downloaded.
+Without a path the text is the standard library of the running interpreter, see
+:mod:`cluster.training.standard_library`. Nothing is downloaded.
 
 A file is judged by its content, not by its suffix: UTF-8 without a NUL byte is
 text. Only ``.parquet`` is opened as a table. Long texts are cut at line ends,
@@ -12,24 +11,24 @@ Limits: what is kept lies in memory (bound it with ``max_bytes``), and only exac
 duplicates are dropped: a file that differs in one character stays.
 """
 
-import hashlib
-import heapq
-import importlib
-import inspect
 import logging
 import os
 import platform
-import re
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
+from cluster.training.document import Document, content_hash, cut_document, sample_documents
+from cluster.training.standard_library import (
+    FOREIGN_FOLDERS,
+    describe_c_modules,
+    is_library_source,
+    library_folder,
+)
 from moe_bitnet.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -38,35 +37,6 @@ DEFAULT_MAX_DOCUMENT_BYTES = 256 * 1024  # some 80,000 tokens: longer than any t
 _MIN_DOCUMENT_BYTES = 64
 _SNIFFED_BYTES = 8192
 _ALLOWED = "Pass UTF-8 text files, Parquet files with a column of strings, or folders of them."
-
-_FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages"})
-# C modules whose import does nothing but define names; those that a platform lacks are left out.
-# fmt: off
-_C_MODULES = (
-    "_bisect", "_bz2", "_codecs", "_collections", "_csv", "_datetime", "_functools", "_hashlib", "_heapq", "_io",
-    "_json", "_lzma", "_operator", "_random", "_socket", "_sqlite3", "_statistics", "_struct", "_thread", "array",
-    "binascii", "builtins", "cmath", "errno", "fcntl", "gc", "itertools", "math", "mmap", "nt", "posix", "pyexpat",
-    "resource", "select", "sys", "termios", "time", "unicodedata", "zlib",
-)
-# fmt: on
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and where it came from.
-
-    Attributes:
-        name: a label for people, such as ``stdlib/json/decoder.py`` or ``books.parquet#12``.
-        text: the text itself, unchanged but for a byte order mark.
-    """
-
-    name: str
-    text: str
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the text in UTF-8."""
-        return len(_encoded(self))
 
 
 @dataclass(frozen=True)
@@ -117,7 +87,7 @@ def collect_documents(
             entries). Empty: the standard library of the running interpreter.
         text_column: the Parquet column to read; by default the one named ``text``, or else the only
             column of strings.
-        max_bytes: keep at most this many bytes, sampled as :func:`sample_documents` does.
+        max_bytes: keep at most this many bytes, sampled as :func:`cluster.training.document.sample_documents` does.
         max_document_bytes: cut longer texts at line ends; at least 64.
     Returns:
         The documents, and counts of what was left out.
@@ -153,89 +123,6 @@ def collect_documents(
         corpus.num_skipped_files,
     )
     return corpus
-
-
-def sample_documents(documents: Iterable[Document], max_bytes: int) -> list[Document]:
-    """Keep ``max_bytes`` of text, chosen by the hash of each text and so evenly over names and folders.
-
-    The choice depends on the texts alone, not on their order; the last one chosen is cut at a line end
-    to fit. Memory stays near ``max_bytes``, however long the input is.
-
-    Args:
-        documents: any number of documents; read once.
-        max_bytes: bytes of UTF-8 to keep, at least 1.
-    Returns:
-        The chosen documents in the order of the input.
-    Raises:
-        ConfigError: ``max_bytes`` is below 1.
-    """
-    if max_bytes < 1:
-        raise ConfigError(f"sample_documents: max_bytes is {max_bytes}. Pass at least 1.")
-    # A max-heap by hash: once the smaller hashes fill the budget, the largest can never be chosen again.
-    heap: list[tuple[int, int, int, Document]] = []
-    total_bytes = 0
-    for index, document in enumerate(documents):
-        key = int.from_bytes(content_hash(document, purpose=b"sample"), "big")
-        heapq.heappush(heap, (-key, -index, document.num_bytes, document))
-        total_bytes += document.num_bytes
-        while total_bytes - heap[0][2] >= max_bytes:
-            total_bytes -= heapq.heappop(heap)[2]
-    chosen = {-index: document for _, index, _, document in heap}
-    if total_bytes > max_bytes:
-        _, index, num_bytes, last = heap[0]
-        data = _encoded(last)
-        end = _cut_before(data, 0, max_bytes - (total_bytes - num_bytes))
-        chosen[-index] = Document(last.name, data[:end].decode("utf-8"))
-    return [chosen[index] for index in sorted(chosen) if chosen[index].text]
-
-
-def cut_document(document: Document, max_bytes: int) -> Iterator[Document]:
-    """Yield ``document``, in pieces of at most ``max_bytes`` (at least 4) if it is longer.
-
-    Pieces end at line ends where there is one, never inside a character, and together are the text.
-    """
-    data = _encoded(document)
-    if len(data) <= max_bytes:
-        yield document
-        return
-    start = number = 0
-    while start < len(data):
-        end = _cut_before(data, start, max_bytes)
-        yield Document(f"{document.name}#{number}", data[start:end].decode("utf-8"))
-        start, number = end, number + 1
-
-
-def content_hash(document: Document, purpose: bytes, seed: int = 0) -> bytes:
-    """Return 16 bytes that depend on the text, ``purpose`` (at most 16 bytes) and ``seed``, not on the name.
-
-    Different purposes give independent hashes: the documents that a byte cap keeps must not all fall into
-    the same split.
-    """
-    salt = (seed % 2**64).to_bytes(8, "big")
-    return hashlib.blake2b(_encoded(document), digest_size=16, person=purpose, salt=salt).digest()
-
-
-def _encoded(document: Document) -> bytes:
-    try:
-        return document.text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"The document {document.name!r} holds a lone surrogate, which UTF-8 cannot express. "
-            "Decode its bytes with errors='replace'."
-        ) from error
-
-
-def _cut_before(data: bytes, start: int, max_bytes: int) -> int:
-    """Return the last line end within ``max_bytes`` of ``start``, or else the last end of a character."""
-    limit = start + max_bytes
-    if limit >= len(data):
-        return len(data)
-    line_end = data.rfind(b"\n", start, limit) + 1
-    if line_end > start:
-        return line_end
-    while data[limit] & 0b1100_0000 == 0b1000_0000:  # the byte continues a character
-        limit -= 1
-    return limit
 
 
 def _drop_duplicates(documents: Iterable[Document], tally: _Tally) -> Iterator[Document]:
@@ -377,48 +264,8 @@ def _printable(path: str | Path) -> str:
     return os.fsencode(Path(path).as_posix()).decode("utf-8", "replace")
 
 
-# --- The standard library ---------------------------------------------------------------------------------------
-
-
 def _read_standard_library(tally: _Tally) -> Iterator[Document]:
-    folder = Path(sysconfig.get_paths()["stdlib"])
     yield from _read_folder(
-        folder,
-        tally,
-        label="stdlib",
-        # _sysconfigdata holds the build's compiler flags and folders, which differ from machine to machine.
-        is_wanted=lambda name: name.endswith(".py") and not name.startswith("_sysconfigdata"),
-        skipped_folders=_FOREIGN_FOLDERS,
+        library_folder(), tally, label="stdlib", is_wanted=is_library_source, skipped_folders=FOREIGN_FOLDERS
     )
-    for name in _C_MODULES:
-        try:
-            module = importlib.import_module(name)
-        except ImportError:
-            continue
-        yield Document(f"docstrings/{name}", describe_module(module))
-
-
-def describe_module(module: ModuleType) -> str:
-    """Return the docstrings of a module written in C: its own, its functions', its classes' and their methods'.
-
-    Values are left out, unlike in ``help()``: they hold paths and addresses of the machine.
-    """
-    blocks = [f"{module.__name__}\n\n{inspect.getdoc(module) or ''}"]
-    for name, value in sorted(vars(module).items()):
-        # A second name of the same thing (IOError for OSError) is not described again.
-        if name.startswith("_") or getattr(value, "__name__", None) != name:
-            continue
-        if inspect.isbuiltin(value):
-            blocks.append(_describe(f"{module.__name__}.{name}", value))
-        elif inspect.isclass(value):
-            blocks.append(_describe(f"class {module.__name__}.{name}", value))
-            methods = sorted((key, method) for key, method in vars(value).items() if not key.startswith("_"))
-            blocks.extend(_describe(f"{name}.{key}", method) for key, method in methods if method.__doc__)
-    return "\n\n".join(blocks) + "\n"
-
-
-def _describe(title: str, value: Any) -> str:
-    # C signatures open with $module or $self, which a caller never writes.
-    signature = re.sub(r"\$\w+(, )?", "", getattr(value, "__text_signature__", None) or "")
-    lines = (inspect.getdoc(value) or "").splitlines()
-    return "\n".join([title + signature, *(f"    {line}".rstrip() for line in lines)])
+    yield from describe_c_modules()

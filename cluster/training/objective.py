@@ -55,11 +55,7 @@ class Objective:
             targets: int64 ``[B, S]``, the token after each position.
         """
         loss = self._cross_entropy(output.logits, targets)
-        total = (
-            loss
-            + self.load_balance_weight * output.load_balance_loss
-            + self.router_z_weight * output.router_z_loss
-        )
+        total = loss + self.load_balance_weight * output.load_balance_loss + self.router_z_weight * output.router_z_loss
         return LossTerms(total, loss, output.load_balance_loss, output.router_z_loss)
 
 

@@ -27,7 +27,8 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     Returns:
         two groups for a torch optimizer; ``is_decayed`` tells them apart.
     """
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decayed if is_decayed(name) else others).append(parameter)
     return [{"params": decayed, "is_decayed": True}, {"params": others, "is_decayed": False}]
@@ -54,7 +55,7 @@ def set_step_size(optimizer: Optimizer, learning_rate: float, weight_decay: floa
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as ``{"<parameter>.exp_avg": ..., "<parameter>.exp_avg_sq": ..., "<parameter>.step": ...}``.
+    """Return the optimizer's state by name: ``<parameter>.step``, ``.exp_avg`` and ``.exp_avg_sq``.
 
     Empty before the first step.
     """

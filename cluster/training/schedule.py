@@ -2,15 +2,14 @@
 
 ::
 
-    peak  ·      /\
-                /   \
-               /      \            stage one: on the line from the peak to 0
-              /         \
-             /            |
-            /              \       stage two: from half-way on a line that is lower by 2/3
-           /                  \
-    0     /·····················\
-          0  warm-up   half    num_steps
+    peak        .
+              .' '.            stage one: on the line from the peak to 0
+            .'     '.
+          .'         |         half-way: down to 2/3 of that line
+        .'           '.
+      .'                '.     stage two
+    .'                     '.
+    0 ...................... num_steps
 
 The float twin takes the same shape with a peak of its own.
 

@@ -31,7 +31,9 @@ def verify_manifest(folder: Path) -> None:
     """
     recover_directory(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such checkpoint folder. Give a folder that holds {MANIFEST_NAME}.")
+        raise CheckpointError(
+            f"{folder}: there is no such checkpoint folder. Give a folder that holds {MANIFEST_NAME}."
+        )
     path = folder / MANIFEST_NAME
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))["files"]
@@ -50,7 +52,9 @@ def verify_manifest(folder: Path) -> None:
                 f"Copy it again, or save the model again."
             )
         if _sha256(file) != sha256:
-            raise CheckpointError(f"{file}: its content was altered after saving. Copy it again, or save the model again.")
+            raise CheckpointError(
+                f"{file}: its content was altered after saving. Copy it again, or save the model again."
+            )
 
 
 def _sha256(path: Path) -> str:

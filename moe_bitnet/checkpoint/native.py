@@ -131,9 +131,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: it is missing or damaged.
     """
     try:
-        return safetensors.torch.load_file(str(path))
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(str(path))
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}). Copy it again, or save the model again.") from error
+    return tensors
 
 
 def _stored(tensor: Tensor, float_dtype: torch.dtype | None) -> Tensor:
@@ -154,7 +155,8 @@ def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], fold
         if tensor.shape != expected[name].shape or tensor.is_floating_point() != expected[name].is_floating_point():
             raise CheckpointError(
                 f"{folder}: {name} is {tensor.dtype} {list(tensor.shape)}, the config needs "
-                f"{expected[name].dtype} {list(expected[name].shape)}. The config and the weights belong to different models."
+                f"{expected[name].dtype} {list(expected[name].shape)}. "
+                f"The config and the weights belong to different models."
             )
 
 

@@ -42,7 +42,9 @@ def pack_model(model: MoETransformer, layout: Layout = "2bit") -> MoETransformer
             f"Train one with --precision ternary."
         )
     if model_layout(model) is not None:
-        raise CheckpointError(f"pack: the model is packed already (layout {model_layout(model)}). Give the trained one.")
+        raise CheckpointError(
+            f"pack: the model is packed already (layout {model_layout(model)}). Give the trained one."
+        )
     return _replace_layers(
         copy.deepcopy(model),
         lambda linear: PackedBitLinear.from_bitlinear(linear, layout),

@@ -1,1 +1,1 @@
-"""The command line: composes the three packages and computes nothing itself."""
+"""The command line: one file a subcommand. It composes the packages and computes nothing itself."""

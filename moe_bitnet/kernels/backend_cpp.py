@@ -28,7 +28,13 @@ def load_backend() -> Backend:
 class _Operations:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._quantize_activation = library.quantize_activation_f32
-        self._quantize_activation.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64] + [ctypes.c_void_p] * 2
+        self._quantize_activation.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+        ]
         self._quantize_activation.restype = None
 
     def quantize_activation(self, x: Tensor) -> tuple[Tensor, Tensor]:

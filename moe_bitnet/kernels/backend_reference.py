@@ -5,10 +5,13 @@ of n terms of at most 128 stays below 2^24, where float32 counts every integer,
 up to n = 131,071 inputs; larger matrices are refused.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from moe_bitnet.errors import ShapeError
+from moe_bitnet.kernels.registry import Operation
 from moe_bitnet.packing import PackedTernary
 from moe_bitnet.quantization import quantize_activation
 
@@ -52,12 +55,10 @@ def grouped_ternary_linear(
     _check_linear(x_q, weight)
     output = x_q.new_empty((x_q.shape[0], weight.out_features), dtype=torch.float32)
     bounds = expert_offsets.tolist()
-    for expert, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for expert, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if start < stop:
-            one = PackedTernary(
-                weight.weight_packed[expert], weight.weight_scale[expert], weight.in_features, weight.layout
-            )
-            output[start:stop] = ternary_linear(x_q[start:stop], activation_scale[start:stop], one)
+            rows = slice(start, stop)
+            output[rows] = ternary_linear(x_q[rows], activation_scale[rows], weight.select(expert))
     return output
 
 
@@ -74,7 +75,7 @@ def _check_linear(x_q: Tensor, weight: PackedTernary) -> None:
         )
 
 
-OPERATIONS = {
+OPERATIONS: dict[str, Operation] = {
     "quantize_activation": quantize_activation,
     "ternary_linear": ternary_linear,
     "grouped_ternary_linear": grouped_ternary_linear,

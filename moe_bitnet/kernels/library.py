@@ -29,7 +29,9 @@ def load_library(package: str, name: str, version: int) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(found))
     except OSError as error:
-        raise BackendError(f"{found} cannot be loaded ({error}). Install the package again: pip install -e .") from error
+        raise BackendError(
+            f"{found} cannot be loaded ({error}). Install the package again: pip install -e ."
+        ) from error
     library.interface_version.restype = ctypes.c_int32
     if library.interface_version() != version:
         raise BackendError(

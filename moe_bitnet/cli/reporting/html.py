@@ -130,16 +130,14 @@ def _data_content(results: Results) -> Markup:
     if (data := results.data) is None:
         return Markup()
     rows = [
-        [what, format_count(counts.train), format_count(counts.validation)]
-        for what, counts in (("documents", data.num_documents), ("tokens", data.num_tokens))
-        if counts is not None
+        ["documents", format_count(data.num_train_documents), format_count(data.num_validation_documents)],
+        ["tokens", format_count(data.num_train_tokens), format_count(data.num_validation_tokens)],
+        ["text", format_bytes(data.train_bytes), format_bytes(data.validation_bytes)],
     ]
-    if data.num_bytes is not None:
-        rows.append(["bytes of text", format_bytes(data.num_bytes.train), format_bytes(data.num_bytes.validation)])
-    facts = [f"{format_count(data.vocab_size)} entries in the vocabulary"] if data.vocab_size is not None else []
-    if data.bytes_per_token is not None:
-        facts.append(f"{format_number(data.bytes_per_token, 2)} bytes of text a token")
-    sentence = " · ".join([data.source or "source not recorded", *facts])
+    sentence = (
+        f"{data.source} · {format_count(data.vocab_size)} entries in the vocabulary · "
+        f"{format_number(data.bytes_per_token, 2)} bytes of text a token"
+    )
     return join(element("p", sentence, class_="reading"), table(["", "training", "validation"], rows))
 
 
@@ -195,7 +193,7 @@ def _all_numbers(results: Results) -> Markup:
 
 def _footer(results: Results) -> Markup:
     duration = f" The demo took {format_seconds(results.machine.demo_s)}." if results.machine is not None else ""
-    note = "Bytes are binary: 1 KiB = 1,024 bytes. A dash stands for a number that is missing or not finite."
+    note = "Bytes are decimal: 1 kB = 1,000 bytes. A dash stands for a number that is missing or not finite."
     return element("footer", element("p", f"{note}{duration}"))
 
 

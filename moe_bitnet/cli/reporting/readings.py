@@ -20,12 +20,12 @@ from moe_bitnet.cli.reporting.units import (
 
 COUNTS = {
     "loss": (
-        "Mean cross-entropy of the next token in nats. Validation text is held out of training. The twin is the same "
-        "model with float weights; the precision is all that differs."
+        "Mean cross-entropy of the next token in nats. Validation text is held out of training. The twin has "
+        "the same shape, norms, data, seed and steps, with float weights and a peak learning rate of its own."
     ),
     "sizes": (
         "Bytes of the file as it lies on disk, embeddings, norms and scales included; “expert weights” are the "
-        "routed experts' matrices with their scales. 1 MiB = 1,048,576 bytes."
+        "routed experts' matrices with their scales. 1 MB = 1,000,000 bytes."
     ),
     "devices": (
         "Devices that hold every expert once, given the memory left after what is reserved on each. The lower bound "
@@ -33,12 +33,13 @@ COUNTS = {
     ),
     "traffic": (
         "Bytes that leave one device for another, divided by the tokens passed through the model: activations out "
-        "(dispatch), expert outputs back (combine) and routing metadata. Bytes within a device count 0. The diamond is "
-        "what the formula predicts from the shapes; labels read dispatch → combine format."
+        "(dispatch), expert outputs back (combine), routing metadata and frame headers. Bytes within a device count 0. "
+        "The diamond is what the formula predicts from the shapes; labels read dispatch → combine format."
     ),
     "context": (
-        "Tokens whose keys and values fit into the budget, by bytes really allocated. PPL in the figure is over the "
-        "same first tokens for every format, so formats compare. The notch marks the length seen in training."
+        "Tokens whose keys and values fit into the budget, really allocated and filled. PPL in the figure is over the "
+        "same windows of the trained length for every format, so formats compare. The notch marks "
+        "the length seen in training."
     ),
     "load": (
         "The share of a layer's token-to-expert assignments that each expert receives, times the number of experts: 1 "

@@ -16,6 +16,7 @@ from moe_bitnet.cli.reporting.units import (
     format_number,
     format_ratio,
     format_seconds,
+    format_significant,
 )
 
 
@@ -37,7 +38,7 @@ def training_table(results: Results) -> Markup:
         row("steps", lambda summary: format_count(summary.num_steps)),
         row("tokens per second", lambda summary: format_number(summary.tokens_per_s, 0)),
         row("training time", lambda summary: format_seconds(summary.train_s)),
-        row("peak learning rate", lambda summary: f"{summary.peak_learning_rate:.2g}"),
+        row("peak learning rate", lambda summary: format_significant(summary.peak_learning_rate)),
         row("compiled", lambda summary: "yes" if summary.is_compiled else "no"),
     ]
     return table(["", "float twin", "ternary"], rows)
@@ -53,7 +54,8 @@ def pack_table(results: Results) -> Markup:
         rows.append([entry.layout, format_bytes(entry.file_bytes), format_bytes(entry.expert_bytes), bits])
     note = (
         f"The packed model's logits differ from the unpacked ones by at most "
-        f"{pack.max_abs_logit_difference:.2g}; the largest logit is {format_number(pack.max_abs_logit, 1)}."
+        f"{format_significant(pack.max_abs_logit_difference)}; "
+        f"the largest logit is {format_number(pack.max_abs_logit, 1)}."
     )
     return join(table(["layout", "file", "experts", "bits a weight"], rows), element("p", note, class_="aside"))
 
@@ -66,7 +68,7 @@ def place_table(results: Results) -> Markup:
         ["devices needed", str(place.float16.num_devices), str(place.ternary.num_devices)],
         ["lower bound", str(place.float16.lower_bound), str(place.ternary.lower_bound)],
         ["one expert", format_bytes(place.float16.expert_bytes), format_bytes(place.ternary.expert_bytes)],
-        ["all experts", format_bytes(place.float16.total_bytes), format_bytes(place.ternary.total_bytes)],
+        ["whole model", format_bytes(place.float16.total_bytes), format_bytes(place.ternary.total_bytes)],
     ]
     devices = [
         [device.name, format_bytes(device.memory_bytes), format_bytes(device.reserved_bytes)]

@@ -8,23 +8,18 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class SplitCounts:
-    """A count for each split of the text."""
-
-    train: int
-    validation: int
-
-
-@dataclass(frozen=True)
 class DataSection:
-    """``data/summary.json``: the text and its tokenizer. Every field may be absent."""
+    """``data/summary.json``: the text and its tokenizer."""
 
-    source: str | None = None
-    num_documents: SplitCounts | None = None
-    num_bytes: SplitCounts | None = None
-    num_tokens: SplitCounts | None = None
-    vocab_size: int | None = None
-    bytes_per_token: float | None = None
+    source: str
+    num_train_documents: int
+    num_validation_documents: int
+    train_bytes: int
+    validation_bytes: int
+    num_train_tokens: int
+    num_validation_tokens: int
+    vocab_size: int
+    bytes_per_token: float
 
 
 @dataclass(frozen=True)
@@ -115,7 +110,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Fit:
-    """How many devices one format needs; ``expert_bytes`` is one expert, ``total_bytes`` all of them."""
+    """How many devices one format needs; ``expert_bytes`` is one expert, ``total_bytes`` the whole model."""
 
     num_devices: int
     lower_bound: int

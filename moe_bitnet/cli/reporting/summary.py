@@ -22,16 +22,16 @@ from moe_bitnet.cli.reporting.sections import (
 )
 from moe_bitnet.errors import DataError
 
-# Which step of `moe-bitnet demo` writes each section: (section of Results, name for people, step).
+# What writes each section: (section of Results, name for people, subcommand).
 STEPS = (
     ("data", "Text", "data"),
-    ("ternary", "Training, ternary", "train-ternary"),
-    ("twin", "Training, float twin", "train-float"),
+    ("ternary", "Training, ternary", "train --precision ternary"),
+    ("twin", "Training, float twin", "train --precision float"),
     ("pack", "Size on disk", "pack"),
     ("place", "Placement", "place"),
     ("generate", "Generation", "generate"),
     ("context", "Long context", "context"),
-    ("machine", "Machine", "machine"),
+    ("machine", "Machine", "demo"),
 )
 
 _Point = TypeVar("_Point", TrainingPoint, EvaluationPoint)
@@ -61,7 +61,7 @@ def load_results(run_folder: Path) -> Results:
 def step_command(section: str) -> str:
     """Return the command that produces ``section`` (a field of :class:`Results`)."""
     step = next(step for name, _, step in STEPS if name == section)
-    return f"moe-bitnet demo --only {step}"
+    return f"moe-bitnet {step}"
 
 
 def is_complete(section: object) -> bool:
@@ -74,8 +74,8 @@ def to_report(results: Results) -> dict[str, Any]:
 
     Returns:
         ``metrics`` (the headline numbers, one flat object each), ``comparison`` (the rows of the table, as
-        text), ``missing`` (sections not run or not finished and the command for each) and ``sections`` (the inputs; of the
-        training history the evaluations only, the rest stays in ``metrics.jsonl``).
+        text), ``missing`` (sections not run or not finished and the command for each) and ``sections`` (the
+        inputs; of the training history the evaluations only, the rest stays in ``metrics.jsonl``).
     """
     sections = {name: getattr(results, name) for name, _, _ in STEPS}
     report = {

@@ -1,13 +1,14 @@
 """Numbers as a reader wants them: three significant digits and a unit.
 
-Bytes are binary (1 KiB = 1,024 bytes), so that a budget of 64 MiB reads as 64 MiB.
+Bytes are decimal (1 kB = 1,000 bytes), as everywhere in this package.
 A number that is missing or not finite is written as a dash.
 """
 
 import math
 
+from moe_bitnet import units
+
 DASH = "–"
-_BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def divide(value: float | None, baseline: float | None) -> float | None:
@@ -23,6 +24,11 @@ def format_number(value: float | None, digits: int = 3) -> str:
     return DASH if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
+def format_significant(value: float) -> str:
+    """Write ``value`` with two significant digits (``0.0021``, ``2.1e-05``), or a dash."""
+    return f"{value:.2g}" if math.isfinite(value) else DASH
+
+
 def format_count(count: int) -> str:
     """Write a count in full below ten million, else in millions or billions."""
     for size, unit in ((10**9, "G"), (10**6, "M")):
@@ -32,16 +38,8 @@ def format_count(count: int) -> str:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Write bytes with the largest binary unit that leaves at least 1."""
-    if not math.isfinite(num_bytes):
-        return DASH
-    size, unit = float(num_bytes), 0
-    while size >= 1023.5 and unit < len(_BYTE_UNITS) - 1:
-        size, unit = size / 1024, unit + 1
-    if unit == 0:
-        return f"{size:.0f} B" if size == int(size) else f"{size:.1f} B"
-    text = f"{size:.0f}" if size == int(size) else _three_digits(size)
-    return f"{text} {_BYTE_UNITS[unit]}"
+    """Write bytes in decimal units, or a dash."""
+    return units.format_bytes(num_bytes) if math.isfinite(num_bytes) else DASH
 
 
 def format_ratio(ratio: float | None) -> str:

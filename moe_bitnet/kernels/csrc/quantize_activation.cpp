@@ -1,6 +1,7 @@
 // Per-row absmax quantization, bit-identical to the reference for finite rows:
 // one division by the scale (not a multiplication by its inverse) and rounding half to even.
 
+#include <algorithm>
 #include <cmath>
 
 #include "ternary.h"
@@ -34,6 +35,10 @@ extern "C" void quantize_activation_f32(const float* x, int64_t num_rows, int64_
     int8_t* output = x_q + row * num_features;
     const float row_scale = row_absmax(input, num_features) / kInt8Max;
     scale[row] = row_scale;
+    if (!std::isfinite(row_scale)) {  // converting NaN to an integer is undefined
+      std::fill(output, output + num_features, int8_t{0});
+      continue;
+    }
     for (int64_t i = 0; i < num_features; ++i) {
       const float rounded = (input[i] / row_scale + kRoundingShift) - kRoundingShift;
       output[i] = static_cast<int8_t>(rounded);

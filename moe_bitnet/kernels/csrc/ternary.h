@@ -12,7 +12,7 @@ int32_t interface_version();
 //   x      [num_rows, num_features] float32
 //   x_q    [num_rows, num_features] int8,   round_half_even(x / scale) clamped to [-128, 127]
 //   scale  [num_rows]               float32, max(|x|, 1e-5) / 127
-// Rows with NaN or infinity give a NaN or infinite scale and unspecified integers.
+// Rows with NaN or infinity give that scale and integers of 0.
 void quantize_activation_f32(const float* x, int64_t num_rows, int64_t num_features, int8_t* x_q, float* scale);
 
 }  // extern "C"

@@ -1,23 +1,11 @@
-import array
-import math
 import os
-import random
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from cluster.training.corpus import (
-    Document,
-    collect_documents,
-    content_hash,
-    cut_document,
-    describe_module,
-    sample_documents,
-)
+from cluster.training.corpus import collect_documents
 from moe_bitnet.errors import ConfigError, DataError
 
 
@@ -171,14 +159,6 @@ def test_an_unreadable_file_is_refused_and_skipped_in_a_folder(folder, monkeypat
     assert collect_documents([folder]).num_skipped_files == 4
 
 
-@settings(deadline=None)
-@given(st.text(alphabet=st.sampled_from("a\n é👍"), max_size=200), st.integers(4, 40))
-def test_cut_pieces_fit_and_join_to_the_text(text, max_bytes):
-    pieces = list(cut_document(Document("d", text), max_bytes))
-    assert "".join(piece.text for piece in pieces) == text
-    assert all(0 < piece.num_bytes <= max_bytes for piece in pieces) or text == ""
-
-
 def test_long_texts_are_cut_at_line_ends(tmp_path):
     lines = [f"line {number}\n" for number in range(50)]
     (tmp_path / "long.txt").write_text("".join(lines))
@@ -188,27 +168,9 @@ def test_long_texts_are_cut_at_line_ends(tmp_path):
     assert names(corpus)[:2] == [f"{tmp_path.name}/long.txt#0", f"{tmp_path.name}/long.txt#1"]
 
 
-def test_a_byte_cap_is_filled_whatever_the_order():
-    documents = [Document(f"{index:03d}", f"text {index}\n" * 10) for index in range(100)]
-    chosen = sample_documents(documents, 2000)
-    assert 1900 < sum(document.num_bytes for document in chosen) <= 2000
-    assert [document.name for document in chosen] == sorted(document.name for document in chosen)
-    shuffled = random.Random(1).sample(documents, k=100)
-    assert {document.text for document in sample_documents(shuffled, 2000)} == {document.text for document in chosen}
-    assert sample_documents(documents, 10**9) == documents
-
-
-def test_a_byte_cap_samples_evenly_over_names():
-    documents = [Document(f"{index:04d}", f"{index:04d}\n" * 5) for index in range(1000)]
-    chosen = sample_documents(documents, 10_000)  # 400 of 1000
-    first_half = sum(int(document.name) < 500 for document in chosen)
-    assert 160 < first_half < 240
-
-
 def test_a_cap_below_one_document_cuts_it(tmp_path):
     (tmp_path / "a.txt").write_text("first line\nsecond line\n")
     assert texts(collect_documents([tmp_path], max_bytes=15)) == ["first line\n"]
-    assert sample_documents([Document("d", "👍")], 2) == []
 
 
 def test_impossible_limits_are_refused(folder):
@@ -219,19 +181,6 @@ def test_impossible_limits_are_refused(folder):
     (folder / "wide.txt").write_text("👍")
     with pytest.raises(DataError, match="No text is left"):
         collect_documents([folder / "wide.txt"], max_bytes=1)
-
-
-def test_hashes_of_different_purposes_are_independent():
-    documents = [Document("d", str(index)) for index in range(400)]
-    low = [d for d in documents if content_hash(d, b"sample")[0] < 128]
-    assert 0.35 < sum(content_hash(d, b"split")[0] < 128 for d in low) / len(low) < 0.65
-    assert content_hash(low[0], b"split", seed=0) != content_hash(low[0], b"split", seed=1)
-    assert content_hash(Document("other name", low[0].text), b"split") == content_hash(low[0], b"split")
-
-
-def test_a_lone_surrogate_names_its_document():
-    with pytest.raises(DataError, match=r"'bad'.*lone surrogate"):
-        content_hash(Document("bad", "\ud800"), b"split")
 
 
 def test_the_standard_library_is_the_default(monkeypatch, tmp_path):
@@ -245,12 +194,3 @@ def test_the_standard_library_is_the_default(monkeypatch, tmp_path):
     assert sources == ["stdlib/os.py", "stdlib/json/decoder.py"]
     assert "docstrings/math" in names(corpus)
     assert "standard library" in corpus.source
-
-
-def test_docstrings_of_c_modules_hold_no_values():
-    text = describe_module(math)
-    assert text.startswith("math\n\n")
-    assert "math.gcd(*integers)\n    Greatest Common Divisor." in text
-    assert str(math.pi)[:4] not in text
-    assert "class array.array" in describe_module(array)
-    assert "append(v, /)" in describe_module(array)

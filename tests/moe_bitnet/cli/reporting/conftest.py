@@ -67,9 +67,12 @@ def sample_files() -> dict[str, Any]:
     return {
         "data/summary.json": {
             "source": "Python documentation, 3.11",
-            "num_documents": {"train": 1840, "validation": 96},
-            "num_bytes": {"train": 24_117_248, "validation": 1_310_720},
-            "num_tokens": {"train": 6_815_744, "validation": 370_688},
+            "num_train_documents": 1840,
+            "num_validation_documents": 96,
+            "train_bytes": 24_117_248,
+            "validation_bytes": 1_310_720,
+            "num_train_tokens": 6_815_744,
+            "num_validation_tokens": 370_688,
             "vocab_size": 8192,
             "bytes_per_token": 3.538,
             "unknown_key": "is not shown",

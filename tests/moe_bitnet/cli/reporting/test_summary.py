@@ -120,7 +120,7 @@ def test_numbers_that_are_not_finite_become_null(run_folder: Path, value: float 
         ("context.json", "formats[2].num_tokens", lambda value: value["formats"][2].update(num_tokens=1.5)),
         ("machine.json", "steps_s.data", lambda value: value["steps_s"].update(data="fast")),
         ("machine.json", "num_cores", lambda value: value.update(num_cores=True)),
-        ("data/summary.json", "num_tokens.train", lambda value: value["num_tokens"].update(train=[])),
+        ("data/summary.json", "num_train_tokens", lambda value: value.update(num_train_tokens=[])),
         ("ternary/summary.json", "expert_load", lambda value: value["expert_load"][0].pop()),
         ("float/summary.json", "expert_load[0][0]", lambda value: value["expert_load"][0].__setitem__(0, "x")),
     ],

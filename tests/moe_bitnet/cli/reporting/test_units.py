@@ -14,18 +14,6 @@ from moe_bitnet.cli.reporting.units import (
 )
 
 
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [(0, "0 B"), (1, "1 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.50 KiB"), (64 << 20, "64 MiB"),],
-)  # fmt: skip
-def test_bytes_take_the_largest_binary_unit(num_bytes: float, text: str) -> None:
-    assert format_bytes(num_bytes) == text
-
-
-def test_bytes_just_below_a_unit_do_not_read_as_1024_of_it() -> None:
-    assert format_bytes(1024 * 1024 - 1) == "1.00 MiB"
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_a_dash(value: float) -> None:
     assert {format_bytes(value), format_ratio(value), format_change(value), format_number(value)} == {DASH}

@@ -1,0 +1,133 @@
+"""What the training loop asks of an engine, and the plain engine for one process.
+
+The loop calls ``forward``, ``backward`` and ``step``; it does not know whether
+DeepSpeed (:mod:`cluster.training.deepspeed_engine`) or torch alone answers.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cluster.training.config import ComputeDtype
+from moe_bitnet.model import ModelOutput, MoETransformer
+
+
+class Engine(Protocol):
+    """Runs a model's forward and backward passes and its updates, alone or with other workers."""
+
+    @property
+    def model(self) -> MoETransformer:
+        """The model itself, with float32 parameters."""
+        ...
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer that :meth:`step` uses."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """Number of this worker; worker 0 writes the files."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Workers that train together."""
+        ...
+
+    def forward(self, token_ids: Tensor) -> ModelOutput:
+        """Score ``token_ids`` ``[B, S]`` in the compute dtype, to be followed by :meth:`backward`."""
+        ...
+
+    def predict(self, token_ids: Tensor) -> ModelOutput:
+        """Score ``token_ids`` ``[B, S]`` as :meth:`forward` does; no backward pass follows."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients of this worker's ``loss``, averaged over all workers."""
+        ...
+
+    def step(self) -> None:
+        """Clip the gradients, update the parameters, and clear the gradients."""
+        ...
+
+    def sum_over_workers(self, values: Tensor) -> Tensor:
+        """Add up a float64 tensor over all workers; every worker must call it."""
+        ...
+
+
+class TorchEngine:
+    """One process, torch alone: the reference that DeepSpeed is tested against.
+
+    Args:
+        model: on its device, with float32 parameters.
+        optimizer: of the model's parameters.
+        gradient_clipping: largest norm of the whole gradient.
+        compute_dtype: autocast dtype; ``"float32"`` switches autocast off.
+        is_compiled: whether the blocks are compiled.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        model: MoETransformer,
+        optimizer: Optimizer,
+        gradient_clipping: float,
+        compute_dtype: ComputeDtype,
+        is_compiled: bool = False,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.device = model.embedding.weight.device
+        self._gradient_clipping = gradient_clipping
+        self._compute_dtype = compute_dtype
+        self._is_compiled = is_compiled
+
+    def forward(self, token_ids: Tensor) -> ModelOutput:
+        """Fulfil :class:`Engine`."""
+        with autocast(self.device, self._compute_dtype):
+            output: ModelOutput = self.model(token_ids)
+        return output
+
+    def predict(self, token_ids: Tensor) -> ModelOutput:
+        """Fulfil :class:`Engine`."""
+        return predict(self.model, token_ids, self._compute_dtype, self._is_compiled)
+
+    def backward(self, loss: Tensor) -> None:
+        """Fulfil :class:`Engine`."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        """Fulfil :class:`Engine`."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._gradient_clipping)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def sum_over_workers(self, values: Tensor) -> Tensor:
+        """Fulfil :class:`Engine`."""
+        return values
+
+
+def autocast(device: torch.device, compute_dtype: ComputeDtype) -> torch.autocast:
+    """Return the context in which matrix products run in ``compute_dtype``."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype == "bfloat16")
+
+
+def predict(model: MoETransformer, token_ids: Tensor, compute_dtype: ComputeDtype, is_compiled: bool) -> ModelOutput:
+    """Score ``token_ids`` with the numerics of training.
+
+    Compiled blocks keep gradients switched on although nothing uses them: switching
+    them off would compile every block a second time.
+    """
+    with torch.set_grad_enabled(is_compiled), autocast(model.embedding.weight.device, compute_dtype):
+        output: ModelOutput = model(token_ids)
+    return output

@@ -1,0 +1,66 @@
+"""Follow a run's ``metrics.jsonl`` from another process, to draw its progress."""
+
+import json
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[dict[str, Any]], None]
+_POLL_S = 0.25
+
+
+class MetricsFollower:
+    """Calls back with each new line of a metrics file while the ``with`` block runs, from a thread.
+
+    Lines that are there when it starts are not new. When a resumed worker replaces the file, the lines
+    that it kept are not told again.
+
+    Args:
+        path: the file; it may appear later.
+        on_line: takes a parsed line. If it raises, that is logged and following ends.
+    """
+
+    def __init__(self, path: Path, on_line: OnProgress) -> None:
+        self._path = path
+        self._on_line = on_line
+        self._seen = set(self._read_lines())
+        self._is_done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="metrics-follower", daemon=True)
+
+    def __enter__(self) -> "MetricsFollower":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._is_done.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        try:
+            while not self._is_done.wait(_POLL_S):
+                self._tell_new()
+            self._tell_new()
+        except Exception:
+            logger.exception("on_progress failed; training goes on without it")
+
+    def _tell_new(self) -> None:
+        for line in self._read_lines():
+            if line not in self._seen:
+                self._seen.add(line)
+                self._on_line(json.loads(line))
+
+    def _read_lines(self) -> list[str]:
+        """Return the whole lines; they are kilobytes for a thousand steps, so they are simply read again."""
+        try:
+            text = self._path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return []
+        whole, _, _ = text.rpartition("\n")
+        return [line for line in whole.split("\n") if line.startswith("{") and line.endswith("}")]

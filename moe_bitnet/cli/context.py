@@ -1,0 +1,108 @@
+"""``moe-bitnet context``: how many tokens FP16, 8-bit and 4-bit caches hold in one budget, and the PPL of each."""
+
+import argparse
+from typing import Any
+
+import torch
+
+from cluster.training.shards import load_tokens
+from kvcache import KVCacheConfig, QuantizedKVCache
+from kvcache.memory import max_tokens
+from moe_bitnet.checkpoint.native import load_model
+from moe_bitnet.cli.console import progress_bar, say
+from moe_bitnet.cli.run_folder import RunFolder
+from moe_bitnet.errors import CacheFullError, DataError
+from moe_bitnet.evaluation import perplexity, token_losses
+from moe_bitnet.files import write_json_atomically
+from moe_bitnet.model import MoETransformer
+from moe_bitnet.packing import LAYOUTS, Layout
+from moe_bitnet.units import format_bytes, parse_memory
+
+HELP = "fill FP16, 8-bit and 4-bit key/value caches of one size with text; tokens held and PPL"
+DEFAULT_BUDGET = "4MB"
+FORMATS = {"fp16": 16, "8-bit": 8, "4-bit": 4}
+NUM_COMMON_WINDOWS = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--memory", default=DEFAULT_BUDGET, help=f"budget of each cache (default: {DEFAULT_BUDGET})")
+    parser.add_argument("--layout", choices=LAYOUTS, default="2bit", help="which packed model to run (default: 2bit)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Fill the caches; returns tokens held and PPL by format."""
+    return context_run(RunFolder(args.run), parse_memory(args.memory), args.layout)
+
+
+def context_run(run_folder: RunFolder, budget_bytes: int, layout: Layout) -> dict[str, Any]:
+    """Fill a cache of each format with validation text until it is full."""
+    model = load_model(run_folder.require_checkpoint(run_folder.packed(layout), "pack"))
+    tokens = torch.from_numpy(load_tokens(run_folder.data, "validation").astype("int64"))
+    config = model.config
+    formats = [
+        _measure(
+            name,
+            KVCacheConfig(config.num_layers, config.num_kv_heads, config.head_dim, bits, bits),
+            budget_bytes,
+            model,
+            tokens,
+        )
+        for name, bits in FORMATS.items()
+    ]
+    result = {
+        "budget_bytes": budget_bytes,
+        "model": f"ternary {layout}, {config.num_layers} layers, {config.num_kv_heads} KV heads of {config.head_dim}",
+        "trained_seq_len": config.max_seq_len,
+        "common_num_tokens": NUM_COMMON_WINDOWS * config.max_seq_len,
+        "formats": formats,
+    }
+    write_json_atomically(run_folder.json_file("context"), result)
+    return result
+
+
+def _measure(
+    name: str, cache_config: KVCacheConfig, budget_bytes: int, model: MoETransformer, tokens: torch.Tensor
+) -> dict[str, Any]:
+    num_tokens = max_tokens(cache_config, budget_bytes)
+    seq_len = model.config.max_seq_len
+    num_needed = max(num_tokens + 2, NUM_COMMON_WINDOWS * seq_len + 1)
+    if len(tokens) < num_needed:
+        raise DataError(
+            f"context: the validation text has {len(tokens)} tokens, {num_needed} are needed to fill "
+            f"{format_bytes(budget_bytes)}. "
+            f"Give a smaller --memory, or build data from more text."
+        )
+    cache = QuantizedKVCache(cache_config, budget_bytes)
+    windows = []
+    for start in range(0, NUM_COMMON_WINDOWS * seq_len, seq_len):
+        windows.append(token_losses(model, tokens[start : start + seq_len + 1], cache))
+        cache.free()
+    with progress_bar(f"{name} cache", num_tokens) as bar:
+        losses = token_losses(
+            model, tokens[: num_tokens + 1], cache, on_chunk=lambda done: bar.update(done, f"{done} tokens")
+        )
+    assert cache.length == num_tokens
+    _check_full(model, cache, tokens[num_tokens : num_tokens + 1])
+    result = {
+        "format": name,
+        "effective_bits": cache_config.effective_bits,
+        "num_tokens": num_tokens,
+        "allocated_bytes": cache.allocated_bytes,
+        "bytes_per_token": cache.allocated_bytes / num_tokens,
+        "ppl_common": perplexity(torch.cat(windows)),
+        "ppl_all": perplexity(losses),
+    }
+    budget, ppl = format_bytes(budget_bytes), result["ppl_common"]
+    say(f"{name}: {num_tokens} tokens in {budget}, PPL {ppl:.2f} within the trained length")
+    return result
+
+
+@torch.inference_mode()
+def _check_full(model: MoETransformer, cache: QuantizedKVCache, token: torch.Tensor) -> None:
+    """See that the cache was filled to its last token: one more is refused."""
+    try:
+        model(token[None], cache)
+    except CacheFullError:
+        return
+    raise AssertionError("the cache took a token beyond max_tokens")

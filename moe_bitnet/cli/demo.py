@@ -1,0 +1,125 @@
+"""``moe-bitnet demo``: the main job, end to end, at a small size.
+
+Each step is a subcommand of its own; this file only calls them one after the
+other and notes how long each took. Run it again after an interruption: data that
+is there is used again, and training goes on from its last checkpoint.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+from cluster.config import ClusterConfig
+from cluster.topology import logical_devices
+from cluster.training.config import TrainConfig
+from moe_bitnet.cli import context, data, generate, pack, place, report, train
+from moe_bitnet.cli.console import console, say
+from moe_bitnet.cli.machine import describe_machine
+from moe_bitnet.cli.presets import PRESETS
+from moe_bitnet.cli.run_folder import RunFolder
+from moe_bitnet.config import Precision
+from moe_bitnet.errors import DataError
+from moe_bitnet.files import write_json_atomically
+from moe_bitnet.tokenizer import Tokenizer
+from moe_bitnet.units import parse_memory
+
+HELP = "the whole job at a small size: data, train, pack, place, generate, context, report"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--data", nargs="+", type=Path, default=[], metavar="PATH", help="text (default: the standard library)"
+    )
+    parser.add_argument("--size", choices=sorted(PRESETS), default="demo", help="shape and length (default: demo)")
+    parser.add_argument("--max-mb", type=float, help="use at most this many MB of text")
+    parser.add_argument("--device-memory", default=place.DEFAULT_DEVICE_MEMORY, help="of each logical device")
+    parser.add_argument("--memory", default=context.DEFAULT_BUDGET, help="budget of each key/value cache")
+    parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
+    parser.add_argument("--address", help="host:port of a running Ray cluster (default: start Ray here)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Walk all steps; returns the report."""
+    run_folder, preset, clock = RunFolder(args.run), PRESETS[args.size], StepClock()
+    cluster_config = ClusterConfig(address=args.address)
+    device_memory, cache_memory = parse_memory(args.device_memory), parse_memory(args.memory)
+    with clock.step("data"):
+        _build_data_once(run_folder, args, preset.vocab_size)
+    tokenizer = Tokenizer.load(run_folder.tokenizer)
+    from cluster.runtime import connect  # imports Ray: only now, so that bad input is found before it starts
+
+    with connect(cluster_config):
+        for precision in get_args(Precision):
+            with clock.step(f"train {precision}"):
+                train.train_run(
+                    preset.model_config(tokenizer.vocab_size, precision),
+                    _train_config(run_folder, precision, args),
+                    cluster_config,
+                )
+        with clock.step("pack"):
+            pack.pack_run(run_folder, None)
+        with clock.step("place"):
+            place.place_run(run_folder, logical_devices(place.DEFAULT_DEVICES, device_memory), "2bit")
+        with clock.step("generate"):
+            request = generate.Request(
+                tokenizer.encode(generate.DEFAULT_PROMPT), max_new_tokens=48, temperature=0.0, seed=0, kv_bits=16
+            )
+            generate.generate_run(run_folder, tokenizer, generate.DEFAULT_PROMPT, request, cluster_config)
+    with clock.step("context"):
+        context.context_run(run_folder, cache_memory, "2bit")
+    machine = {**describe_machine(), "demo_s": clock.total_s, "steps_s": clock.steps_s}
+    write_json_atomically(run_folder.json_file("machine"), machine)
+    return report.report_run(run_folder, is_quiet=args.json)
+
+
+class StepClock:
+    """Announces each step and keeps its seconds."""
+
+    def __init__(self) -> None:
+        self.steps_s: dict[str, float] = {}
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of all steps."""
+        return sum(self.steps_s.values())
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time one step."""
+        console.rule(f"[bold]{name}", align="left")
+        start = time.perf_counter()
+        yield
+        self.steps_s[name] = round(time.perf_counter() - start, 1)
+        say(f"{name} took {self.steps_s[name]:.1f} s")
+
+
+def _build_data_once(run_folder: RunFolder, args: argparse.Namespace, vocab_size: int) -> None:
+    """Build the shards, unless this run has them from the same source."""
+    if run_folder.data.is_dir() and not args.data:
+        try:
+            summary = data.summarize(run_folder)
+        except DataError as error:
+            say(f"building the data anew: {error}")
+        else:
+            tokens = summary["num_train_tokens"]
+            say(f"using {run_folder.data} as it is ({tokens} training tokens); delete it to build it anew")
+            return
+    max_bytes = None if args.max_mb is None else int(args.max_mb * 1e6)
+    data.build_data(run_folder, args.data, vocab_size, max_bytes=max_bytes)
+
+
+def _train_config(run_folder: RunFolder, precision: Precision, args: argparse.Namespace) -> TrainConfig:
+    preset = PRESETS[args.size]
+    return TrainConfig(
+        data_folder=run_folder.data,
+        out_folder=run_folder.training(precision),
+        num_steps=preset.num_steps,
+        batch_size=preset.batch_size,
+        seq_len=preset.seq_len,
+        warmup_steps=preset.warmup_steps,
+        is_compiled=not args.no_compile,
+    )

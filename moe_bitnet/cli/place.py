@@ -1,0 +1,176 @@
+"""``moe-bitnet place``: how many devices the FP16 twin and the ternary model need, and start their expert hosts."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config import ClusterConfig
+from cluster.placement.placement import Placement
+from cluster.placement.problem import PlacementProblem
+from cluster.placement.solver import solve_placement, solve_spread
+from cluster.topology import Topology, logical_devices
+from moe_bitnet.checkpoint.native import read_info
+from moe_bitnet.checkpoint.sizes import model_sizes
+from moe_bitnet.cli.console import progress_bar, say
+from moe_bitnet.cli.run_folder import RunFolder
+from moe_bitnet.config import ModelConfig
+from moe_bitnet.files import write_json_atomically
+from moe_bitnet.model import MoETransformer
+from moe_bitnet.packing import LAYOUTS, Layout
+from moe_bitnet.units import format_bytes, parse_memory
+
+HELP = "say how many devices the FP16 twin and the ternary model need, and start the expert hosts"
+DEFAULT_DEVICES = 8
+DEFAULT_DEVICE_MEMORY = "5.5MB"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model on devices.
+
+    Attributes:
+        problem: sizes and devices.
+        placement: device of every expert.
+    """
+
+    problem: PlacementProblem
+    placement: Placement
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--devices", type=int, default=DEFAULT_DEVICES, help=f"equal devices (default: {DEFAULT_DEVICES})"
+    )
+    parser.add_argument(
+        "--device-memory",
+        default=DEFAULT_DEVICE_MEMORY,
+        metavar="SIZE",
+        help=f"usable memory of each, such as 24GB or 512MiB (default: {DEFAULT_DEVICE_MEMORY}, which suits the demo)",
+    )
+    parser.add_argument(
+        "--topology", type=Path, help="JSON file with devices of different sizes, instead of the two above"
+    )
+    parser.add_argument("--placement", type=Path, help="JSON file with a placement of your own for the ternary model")
+    parser.add_argument("--layout", choices=LAYOUTS, default="2bit", help="of the ternary model (default: 2bit)")
+    parser.add_argument("--no-start", action="store_true", help="plan only; start no Ray actor")
+    parser.add_argument("--address", help="host:port of a running Ray cluster (default: start Ray here)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Plan, and start the ternary model's hosts once to see that they hold their experts."""
+    run_folder = RunFolder(args.run)
+    topology = (
+        Topology.from_json(args.topology)
+        if args.topology
+        else logical_devices(args.devices, parse_memory(args.device_memory))
+    )
+    result = place_run(run_folder, topology, args.layout, args.placement)
+    if not args.no_start:
+        from cluster.runtime import connect
+        from moe_bitnet.checkpoint.native import load_model
+
+        plan = ternary_plan(run_folder)
+        config = ClusterConfig(address=args.address)
+        with connect(config), started_hosts(load_model(run_folder.packed(args.layout)), plan, config):
+            say("all hosts hold their experts; they stop now ('moe-bitnet generate' starts them again)")
+    return result
+
+
+def place_run(
+    run_folder: RunFolder, topology: Topology, layout: Layout, own_placement: Path | None = None
+) -> dict[str, Any]:
+    """Solve the placement of both models and write it down; returns what the report shows."""
+    source = run_folder.require_checkpoint(run_folder.packed(layout), "pack")
+    config = read_info(source).config
+    ternary_problem = _problem(config, layout, topology)
+    twin_problem = _problem(config.replace(precision="float"), None, topology)
+    if own_placement is None:
+        ternary = solve_placement(ternary_problem)
+    else:
+        ternary = Placement.from_json(own_placement, ternary_problem)
+    twin = solve_placement(twin_problem)
+    result: dict[str, Any] = {
+        "devices": [dataclasses.asdict(device) for device in topology.devices],
+        "layout": layout,
+        "float16": _describe(twin_problem, twin),
+        "ternary": _describe(ternary_problem, ternary),
+    }
+    for name, plan in (("FP16 twin", result["float16"]), (f"ternary {layout}", result["ternary"])):
+        say(
+            f"{name}: {format_bytes(plan['total_bytes'])} on {plan['num_devices']} of {topology.num_devices} devices "
+            f"(lower bound {plan['lower_bound']}); one expert has {format_bytes(plan['expert_bytes'])}"
+        )
+    write_json_atomically(
+        run_folder.json_file("placement"),
+        {
+            "float16": {"problem": twin_problem.to_dict(), "placement": twin.to_dict()},
+            "ternary": {"problem": ternary_problem.to_dict(), "placement": ternary.to_dict()},
+        },
+    )
+    write_json_atomically(run_folder.json_file("place"), result)
+    return result
+
+
+def ternary_plan(run_folder: RunFolder) -> Plan:
+    """Read the ternary model's placement that ``place`` wrote."""
+    return _read_plan(run_folder, "ternary")
+
+
+def twin_plan(run_folder: RunFolder) -> Plan:
+    """Read the FP16 twin's placement that ``place`` wrote."""
+    return _read_plan(run_folder, "float16")
+
+
+def spread_plan(plan: Plan, num_devices: int) -> Plan:
+    """Spread a model evenly over more devices than it needs."""
+    return Plan(plan.problem, solve_spread(plan.problem, num_devices))
+
+
+@contextmanager
+def started_hosts(model: MoETransformer, plan: Plan, config: ClusterConfig) -> Iterator[Any]:
+    """Start the plan's expert hosts and put them in the place of the model's own experts."""
+    from cluster.runtime import start_expert_hosts  # imports Ray, which planning does without
+
+    num_devices = plan.placement.num_devices
+    with progress_bar("start hosts", num_devices) as bar:
+        ready = 0
+
+        def on_host_ready(name: str, held_bytes: int) -> None:
+            nonlocal ready
+            ready += 1
+            bar.update(ready, f"{name} holds {format_bytes(held_bytes)} of experts")
+
+        hosts = start_expert_hosts(model, plan.problem, plan.placement, config, on_host_ready)
+        running = hosts.__enter__()
+    try:
+        model.replace_experts(running.executors)
+        yield running
+    finally:
+        hosts.__exit__(None, None, None)
+
+
+def _problem(config: ModelConfig, layout: Layout | None, topology: Topology) -> PlacementProblem:
+    sizes = model_sizes(config, layout)
+    return PlacementProblem(config.num_layers, config.num_experts, sizes.expert_bytes, sizes.home_bytes, topology)
+
+
+def _describe(problem: PlacementProblem, placement: Placement) -> dict[str, Any]:
+    return {
+        "num_devices": placement.num_devices,
+        "lower_bound": placement.lower_bound,
+        "expert_bytes": problem.expert_bytes,
+        "total_bytes": problem.total_bytes,
+    }
+
+
+def _read_plan(run_folder: RunFolder, name: str) -> Plan:
+    values = run_folder.read_json("placement").get(name)
+    source = f"{run_folder.json_file('placement')}: {name}"
+    values = values if isinstance(values, dict) else {}
+    problem = PlacementProblem.from_dict(values.get("problem"), source)
+    return Plan(problem, Placement.from_dict(values.get("placement"), problem, source))

@@ -1,0 +1,93 @@
+"""The folder that one experiment lives in, and where each step puts what it makes.
+
+::
+
+    run/
+    ├── data/            token shards, tokenizer.json, summary.json          (data)
+    ├── ternary/ float/  checkpoints/, metrics.jsonl, summary.json, model/   (train)
+    ├── packed-2bit/ packed-base3/ twin-float16/     pack.json               (pack)
+    ├── placement.json   place.json                                          (place)
+    ├── generate.json    context.json    machine.json
+    └── report/          report.json, report.html, overview.png              (report)
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_bitnet.checkpoint.manifest import MANIFEST_NAME
+from moe_bitnet.config import Precision
+from moe_bitnet.errors import DataError
+from moe_bitnet.packing import Layout
+
+DEFAULT_RUN = Path("runs/demo")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths below one folder; nothing is created until a step writes.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def data(self) -> Path:
+        """Token shards and tokenizer."""
+        return self.path / "data"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's file."""
+        return self.data / "tokenizer.json"
+
+    @property
+    def twin(self) -> Path:
+        """The float twin with its matrices in float16."""
+        return self.path / "twin-float16"
+
+    def training(self, precision: Precision) -> Path:
+        """Return the folder of one training run."""
+        return self.path / precision
+
+    def model(self, precision: Precision) -> Path:
+        """Return the trained model of one training run."""
+        return self.training(precision) / "model"
+
+    def packed(self, layout: Layout) -> Path:
+        """Return the packed model in one layout."""
+        return self.path / f"packed-{layout}"
+
+    def json_file(self, step: str) -> Path:
+        """Return the file with the result of a step."""
+        return self.path / f"{step}.json"
+
+    def read_json(self, step: str) -> dict[str, Any]:
+        """Read the result of a step.
+
+        Raises:
+            DataError: the step was not run, or its file is damaged.
+        """
+        path = self.json_file(step)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: is missing. Run 'moe-bitnet {step} --run {self.path}' first.") from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read ({error}). Run 'moe-bitnet {step}' again.") from error
+        if not isinstance(values, dict):
+            raise DataError(f"{path}: holds no JSON object. Run 'moe-bitnet {step}' again.")
+        return values
+
+    def require_checkpoint(self, folder: Path, command: str) -> Path:
+        """Return ``folder`` if it holds a checkpoint.
+
+        Raises:
+            DataError: it does not; the message names the command that makes it.
+        """
+        if not (folder / MANIFEST_NAME).is_file():
+            raise DataError(f"{folder}: holds no checkpoint. Run 'moe-bitnet {command} --run {self.path}' first.")
+        return folder

@@ -9,7 +9,11 @@ An expert that it does not hold is an error, never skipped.
 
 All rows of an expert come to one host and are grouped as the local executor
 groups them (the same order, the same alignment): what comes out is what the
-local experts give, bit for bit.
+local experts give, bit for bit. One limit: torch's SiLU rounds the last few
+elements of an array, or of a thread's share of it, otherwise than the rest. With
+SwiGLU the bits are sure where ``intermediate_size`` is a multiple of 32 and one
+thread computes; elsewhere an expert's inner value may be off by one unit in the
+last place, which now and then moves an int8 value of its row by one.
 """
 
 from collections.abc import Mapping

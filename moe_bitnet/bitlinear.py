@@ -32,7 +32,7 @@ class FloatLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` ``[..., in_features]``; returns float32 ``[..., out_features]``."""
-        return F.linear(self.norm(x), self.weight.float()).float()
+        return F.linear(self.norm(x).float(), self.weight.float()).float()
 
 
 class BitLinear(FloatLinear):
@@ -49,7 +49,7 @@ class BitLinear(FloatLinear):
         x_q, activation_scale = fake_quantize_activation(self.norm(x))
         weight_q, weight_scale = fake_quantize_weight(self.weight)
         # Integers up to 127 are exact in bfloat16 too; only the sums are rounded there.
-        return F.linear(x_q, weight_q).float() * (activation_scale * weight_scale)
+        return F.linear(x_q, weight_q).float() * (activation_scale * weight_scale.squeeze(0))
 
 
 class PackedBitLinear(nn.Module):
@@ -93,7 +93,7 @@ class PackedBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` ``[..., in_features]``; returns float32 ``[..., out_features]``."""
-        rows = self.norm(x).flatten(0, -2)
+        rows = self.norm(x).reshape(-1, self.in_features)
         x_q, activation_scale = select("quantize_activation", rows.device.type)(rows)
         output: Tensor = select("ternary_linear", rows.device.type)(x_q, activation_scale, self.packed)
-        return output.view(*x.shape[:-1], -1)
+        return output.view(*x.shape[:-1], output.shape[-1])

@@ -5,16 +5,20 @@ FP16/FP32 twin of a ternary model differs in ``precision`` alone.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from moe_bitnet.errors import ConfigError
+from moe_bitnet.files import read_json
 
 Precision = Literal["ternary", "float"]
 NormRecipe = Literal["sub_norm", "inner_norm"]
 Activation = Literal["swiglu", "squared_relu"]
+
+MAX_LAYERS = 10_000
+MAX_WEIGHTS = 2**48
+"""Beyond any model there is; keeps a damaged config from asking for more memory than exists."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("ternary", "float"),
@@ -89,6 +93,13 @@ class ModelConfig:
                 f"ModelConfig: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}. "
                 f"Use a divisor of {self.num_heads}."
             )
+        num_expert_weights = self.num_layers * self.num_experts * self.expert_parameters
+        if self.num_layers > MAX_LAYERS or max(num_expert_weights, self.vocab_size * self.hidden_size) > MAX_WEIGHTS:
+            raise ConfigError(
+                f"ModelConfig: {self.num_layers} layers with {num_expert_weights} expert weights and an embedding of "
+                f"{self.vocab_size} x {self.hidden_size} are too many; allowed are {MAX_LAYERS} layers and "
+                f"{MAX_WEIGHTS} weights. Check the sizes."
+            )
         if self.top_k > self.num_experts:
             raise ConfigError(
                 f"ModelConfig: top_k {self.top_k} exceeds num_experts {self.num_experts}. "
@@ -154,6 +165,8 @@ class ModelConfig:
             return cls(**values)
         except TypeError as error:
             raise ConfigError(f"{source}: {error}. All sizes without a default must be given.") from error
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from error
 
     @classmethod
     def from_json(cls, path: Path) -> "ModelConfig":
@@ -163,7 +176,7 @@ class ModelConfig:
             ConfigError: the file cannot be read, is not JSON, or holds impossible sizes.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            values = read_json(path)
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read as JSON ({error}). Give a model config file.") from error
         return cls.from_dict(values, source=str(path))

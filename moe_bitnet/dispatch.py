@@ -78,5 +78,5 @@ def combine(outputs: Tensor, slot_positions: Tensor, expert_weights: Tensor) -> 
         float32 ``[T, H]``.
     """
     num_tokens, top_k = expert_weights.shape
-    rows = outputs[slot_positions].view(num_tokens, top_k, -1)  # [T, K, H]
+    rows = outputs[slot_positions].view(num_tokens, top_k, outputs.shape[-1])  # [T, K, H]
     return (rows * expert_weights.unsqueeze(-1)).sum(dim=1)

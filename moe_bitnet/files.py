@@ -5,6 +5,7 @@ filled beside its target and swapped in; the one moment in which neither name
 holds a whole directory is repaired by :func:`recover_directory`.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 _NEW = ".new-"
 _OLD = ".old-"
@@ -46,7 +49,6 @@ def replace_directory(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}{_NEW}{os.getpid()}")
     old = path.with_name(f".{path.name}{_OLD}{os.getpid()}")
-    shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
         yield new
@@ -57,20 +59,45 @@ def replace_directory(path: Path) -> Iterator[Path]:
         new.rename(path)
     finally:
         recover_directory(path)
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def recover_directory(path: Path) -> None:
-    """Undo a swap that :func:`replace_directory` was killed in the middle of.
+    """Clean up after a :func:`replace_directory` that was killed.
 
-    If ``path`` is missing and its predecessor was set aside, the predecessor
-    comes back; if ``path`` is there, what was set aside is deleted.
+    What a living process is about to swap in or out is left alone. Otherwise a
+    predecessor that was set aside comes back if ``path`` is missing, and what
+    is left over is deleted.
     """
-    for old in sorted(path.parent.glob(f".{path.name}{_OLD}*")):
+    for old in _left_behind(path, _OLD):
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(path)
+    for new in _left_behind(path, _NEW):
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8 or not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _left_behind(path: Path, marker: str) -> list[Path]:
+    """Return the folders beside ``path`` that this process or a dead one made for it."""
+    found = []
+    for folder in sorted(path.parent.glob(f".{glob.escape(path.name)}{marker}*")):
+        owner = folder.name.removeprefix(f".{path.name}{marker}")
+        if owner.isdecimal() and (int(owner) == os.getpid() or not psutil.pid_exists(int(owner))):
+            found.append(folder)
+    return found
 
 
 def _flush_to_disk(path: Path) -> None:

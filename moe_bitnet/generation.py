@@ -52,7 +52,7 @@ def generate(
     device = model.embedding.weight.device
     while len(token_ids) < len(prompt_ids) + max_new_tokens:
         fresh = token_ids[cache.length :] if cache is not None else token_ids
-        logits = model(torch.tensor([fresh], device=device), cache).logits[0, -1]
+        logits = model(torch.tensor([fresh], device=device), cache).logits[0, -1].cpu()
         next_id = sample(logits, temperature, top_p, generator)
         if next_id == stop_id:
             break

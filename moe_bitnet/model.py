@@ -114,8 +114,10 @@ class MoETransformer(nn.Module):
             block.moe.experts = executor
 
     def _check(self, token_ids: Tensor, cache: AttentionCache | None) -> None:
-        if token_ids.dim() != 2 or token_ids.numel() == 0:
-            raise ShapeError(f"token_ids has shape {tuple(token_ids.shape)}; give [batch_size, seq_len], not empty.")
+        if token_ids.dim() != 2 or token_ids.numel() == 0 or token_ids.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(
+                f"token_ids is {token_ids.dtype} {list(token_ids.shape)}; give [batch_size, seq_len] of int64, not empty."
+            )
         if cache is not None and token_ids.shape[0] != 1:
             raise ShapeError(
                 f"token_ids holds {token_ids.shape[0]} sequences; a cache holds one. Pass them one by one."

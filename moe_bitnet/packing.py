@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_bitnet.errors import CheckpointError, ConfigError, ShapeError
@@ -90,13 +91,13 @@ def pack(weight_ternary: Tensor, layout: Layout) -> Tensor:
     Raises:
         ShapeError: a value is not in {-1, 0, 1}.
     """
-    if weight_ternary.numel() and (weight_ternary.abs() > 1).any():
+    if ((weight_ternary < -1) | (weight_ternary > 1)).any():
         raise ShapeError("pack: weights must be -1, 0 or 1. Quantize them first with quantize_weight.")
     count = WEIGHTS_PER_BYTE[layout]
     padding = -weight_ternary.shape[-1] % count
-    codes = torch.nn.functional.pad(weight_ternary, (0, padding)).to(torch.int16) + 1
+    codes = F.pad(weight_ternary, (0, padding)).to(torch.int16) + 1
     groups = codes.reshape(*codes.shape[:-1], -1, count)  # [..., bytes, count]
-    return torch.sum(groups * _place_values(layout), dim=-1).to(torch.uint8)
+    return torch.sum(groups * _place_values(layout, groups.device), dim=-1).to(torch.uint8)
 
 
 def unpack(weight_packed: Tensor, in_features: int, layout: Layout) -> Tensor:
@@ -109,10 +110,8 @@ def unpack(weight_packed: Tensor, in_features: int, layout: Layout) -> Tensor:
     Returns:
         int8 ``[..., in_features]`` with values in {-1, 0, 1}.
     """
-    radix = _RADIX[layout]
-    digits = weight_packed.to(torch.int16).unsqueeze(-1) // _place_values(layout)
-    codes = digits % radix  # [..., bytes, count]
-    return (codes.flatten(-2)[..., :in_features] - 1).to(torch.int8)
+    weights = F.embedding(weight_packed.int(), _weights_of_byte(layout, weight_packed.device))  # [..., bytes, count]
+    return weights.flatten(-2)[..., :in_features]
 
 
 def check_packed(weight_packed: Tensor, in_features: int, layout: Layout, name: str) -> None:
@@ -140,5 +139,12 @@ def check_packed(weight_packed: Tensor, in_features: int, layout: Layout, name: 
         )
 
 
-def _place_values(layout: Layout) -> Tensor:
-    return _RADIX[layout] ** torch.arange(WEIGHTS_PER_BYTE[layout], dtype=torch.int16)
+def _place_values(layout: Layout, device: torch.device) -> Tensor:
+    return _RADIX[layout] ** torch.arange(WEIGHTS_PER_BYTE[layout], dtype=torch.int16, device=device)
+
+
+def _weights_of_byte(layout: Layout, device: torch.device) -> Tensor:
+    """Return the weights of each byte, int8 ``[256, WEIGHTS_PER_BYTE]``: a lookup is fast, divisions are not."""
+    every_byte = torch.arange(256, dtype=torch.int16, device=device).unsqueeze(-1)
+    codes = every_byte // _place_values(layout, device) % _RADIX[layout]
+    return (codes - 1).to(torch.int8)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from moe_bitnet.errors import ShapeError
+
 MIN_SCALE = 1e-5
 """Smallest mean |weight| and smallest max |activation|: rows of zeros keep a finite scale."""
 
@@ -64,7 +66,11 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
         x: ``[..., in_features]``, float.
     Returns:
         ``x_q`` int8 of the same shape, and ``activation_scale`` ``[..., 1]`` float32.
+    Raises:
+        ShapeError: rows without features.
     """
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ShapeError(f"quantize_activation: x has shape {tuple(x.shape)}; rows need at least one feature.")
     activation_scale = activation_absmax(x)
     return (x.float() / activation_scale).round().clamp(-128, INT8_MAX).to(torch.int8), activation_scale
 

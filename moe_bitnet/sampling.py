@@ -21,7 +21,7 @@ def sample(
     Raises:
         ConfigError: temperature is negative, or top_p is not in (0, 1].
     """
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not temperature >= 0 or not 0 < top_p <= 1:
         raise ConfigError(f"sample: temperature {temperature} must be at least 0, top_p {top_p} in (0, 1].")
     if temperature == 0:
         return int(logits.argmax())

@@ -15,11 +15,18 @@ from moe_bitnet.quantization import quantize_activation
 TERNARY_KINDS = ("2bit", "base3", "latent")
 FLOAT_KINDS = ("float32", "float16")
 KINDS = (*TERNARY_KINDS, *FLOAT_KINDS)
+# torch's SiLU rounds the last elements of an array otherwise than the rest, so that with it a row's bits depend on
+# its neighbours, unless rows are whole vectors (32 floats); squared ReLU is exact at any size
+EXACT_RECIPES = {
+    "squared_relu, odd": {"activation": "squared_relu", "intermediate_size": 7},
+    "swiglu, even": {"activation": "swiglu", "intermediate_size": 32},
+}
 EXACT_DISPATCH = {kind: "int8" if kind in TERNARY_KINDS else "float32" for kind in KINDS}
 
 
-def model_of(kind, seed=0, **changes):
+def model_of(kind, seed=0, recipe="squared_relu, odd", **changes):
     """A tiny model, by how its weights are stored."""
+    changes = {**EXACT_RECIPES[recipe], **changes}
     model = tiny_model(seed, precision="float" if kind in FLOAT_KINDS else "ternary", **changes)
     if kind in ("2bit", "base3"):
         return pack_model(model, kind)

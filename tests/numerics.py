@@ -83,7 +83,7 @@ def largest_error(x, truth):
 
 
 def assert_close_to_truth(actual, plain, truth):
-    """Assert that ``actual`` is as near to the float64 ``truth`` as ``plain`` is, up to two ulps of the largest value."""
+    """Assert that ``actual`` is as near to the float64 ``truth`` as ``plain`` is, up to two ulps."""
     assert truth.dtype == torch.float64
     assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     assert bool(actual.isfinite().all()), "not finite"

@@ -8,16 +8,20 @@ from pathlib import Path
 
 from torch import nn
 
+from cluster.training.config import ComputeDtype
 from moe_bitnet.model import MoETransformer
 
 logger = logging.getLogger(__name__)
 
 
-def compile_obstacle(device_type: str) -> str | None:
+def compile_obstacle(device_type: str, compute_dtype: ComputeDtype = "bfloat16") -> str | None:
     """Return why ``torch.compile`` cannot work here, or ``None``.
 
     On a CPU it writes C++ that includes ``Python.h``; on a GPU it needs Triton, which needs a C compiler.
+    The experts' grouped product compiles in bfloat16 alone (torch 2.13).
     """
+    if compute_dtype != "bfloat16":
+        return f"experts in {compute_dtype} cannot be compiled; use compute_dtype bfloat16"
     if device_type == "cpu":
         compilers = (os.environ.get("CXX"), "g++", "c++", "clang++")
     else:
@@ -30,7 +34,7 @@ def compile_obstacle(device_type: str) -> str | None:
     return None
 
 
-def compile_blocks(model: MoETransformer) -> bool:
+def compile_blocks(model: MoETransformer, compute_dtype: ComputeDtype) -> bool:
     """Compile each block in place, if that is possible here.
 
     All blocks share one graph, so that the first step compiles it once. The compiler runs in that step.
@@ -38,7 +42,7 @@ def compile_blocks(model: MoETransformer) -> bool:
     Returns:
         whether the blocks will be compiled; if not, the reason is logged as a warning.
     """
-    obstacle = compile_obstacle(model.embedding.weight.device.type)
+    obstacle = compile_obstacle(model.embedding.weight.device.type, compute_dtype)
     if obstacle is not None:
         logger.warning("training runs without torch.compile, about half as fast: %s", obstacle)
         return False

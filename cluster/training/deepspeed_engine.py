@@ -122,5 +122,6 @@ def _import_deepspeed(device: torch.device) -> Any:
 
 def _make_process_group(device: torch.device) -> None:
     if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)

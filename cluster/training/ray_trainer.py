@@ -9,7 +9,6 @@ stores there is deleted at the end: the checkpoints that count are our own.
 import logging
 import os
 import shutil
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,26 +22,26 @@ import ray.train.torch
 import torch
 
 from cluster.config import ClusterConfig
+from cluster.runtime import connect
 from cluster.training.config import TrainConfig
 from cluster.training.metrics import METRICS_NAME
 from cluster.training.progress import MetricsFollower, OnProgress
 from cluster.training.run import check_run, run_training
 from cluster.training.stopping import request_stop, withdraw_stop
 from moe_bitnet.config import ModelConfig
-from moe_bitnet.errors import ClusterError, MoEBitNetError
+from moe_bitnet.errors import ClusterError, MoEBitNetError, TrainingError
 
 logger = logging.getLogger(__name__)
 
 LOG_NAME = "train.log"
 _RAY_FOLDER = "ray"
-# A local Ray carries no tensors here: the smallest store that leaves some room.
-_OBJECT_STORE_BYTES = 128 * 1024**2
 # What a worker may take to finish its step (the first one compiles) and to write a checkpoint.
 _STOP_TIMEOUT_S = 180.0
 _DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a finished worker is noticed after that, not after 2 s
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor less to start; a lost host is noticed all the same
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; silences its warning
 }
 # Freed tensors stay mapped: without these, glibc returns large ones to the kernel and each new one
@@ -73,7 +72,7 @@ def train(
         ConfigError: settings, model, data or an earlier run in the folder do not fit together.
         DataError: the shards cannot be read.
         CheckpointError: the folder holds another run, or its files cannot be read or written.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or another process called ``request_stop``.
         ClusterError: Ray does not answer, has too few CPUs, or a worker died twice.
         KeyboardInterrupt: Ctrl-C; the same call resumes.
     """
@@ -86,7 +85,7 @@ def train(
         stack.callback(withdraw_stop, config.out_folder)
         stack.callback(shutil.rmtree, config.out_folder / _RAY_FOLDER, ignore_errors=True)
         stack.enter_context(_environment(_DRIVER_ENVIRONMENT))
-        stack.enter_context(_ray_session(cluster_config or ClusterConfig(), config.num_workers))
+        stack.enter_context(connect(cluster_config))
         if on_progress is not None:
             stack.enter_context(MetricsFollower(config.out_folder / METRICS_NAME, on_progress))
         return _wait_for(_build_trainer(model_config, config), config.out_folder)
@@ -162,29 +161,35 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 def _wait_for(trainer: Any, out_folder: Path) -> dict[str, Any]:
     """Run ``trainer.fit()`` in a thread: in the main thread Ray would answer Ctrl-C itself, without a checkpoint."""
     fit = _FitThread(trainer)
-    fit.start()
     try:
-        while fit.is_alive():
-            fit.join(0.2)
+        fit.start()
+        while not fit.is_done.wait(0.2):
+            pass
     except (KeyboardInterrupt, SystemExit):
         logger.warning("stopping after this step, with a checkpoint; interrupt once more to stop at once")
         request_stop(out_folder)
-        fit.join(_STOP_TIMEOUT_S)
+        fit.is_done.wait(_STOP_TIMEOUT_S)
         raise
     outcome = fit.outcome()
     if "error" in outcome:
         raise outcome["error"]
     if outcome["summary"] is None:
-        raise KeyboardInterrupt  # another process asked this run to stop
+        raise TrainingError(
+            f"{out_folder}: the run was asked to stop and wrote a checkpoint. Call train again to resume."
+        )
     summary: dict[str, Any] = outcome["summary"]
     return summary
 
 
 class _FitThread(threading.Thread):
-    """Keeps what ``trainer.fit()`` returns or raises."""
+    """Keeps what ``trainer.fit()`` returns or raises.
+
+    It is waited for by ``is_done``: in Python 3.11 a ``join`` that Ctrl-C interrupts takes the thread for ended.
+    """
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(name="ray-train-fit", daemon=True)
+        self.is_done = threading.Event()
         self._trainer = trainer
         self._outcome: dict[str, Any] | None = None
         self._error: Exception | None = None
@@ -194,6 +199,8 @@ class _FitThread(threading.Thread):
             self._outcome = self._trainer.fit().return_value
         except Exception as error:  # noqa: BLE001 - raised again by outcome(), in the caller's thread
             self._error = error
+        finally:
+            self.is_done.set()
 
     def outcome(self) -> dict[str, Any]:
         """Return what worker 0 returned; raise what went wrong as one of our exceptions where it is one."""
@@ -245,44 +252,6 @@ def _threads_per_worker(num_workers: int) -> int:
         min(int(min(filter(None, hosts), default=1)), os.cpu_count() or 1) if len(hosts) == 1 else int(min(hosts))
     )
     return max(1, num_cpus // -(-num_workers // len(hosts)))
-
-
-@contextmanager
-def _ray_session(config: ClusterConfig, num_workers: int) -> Iterator[None]:
-    """Use the Ray of this process, or connect to one and leave it again."""
-    if ray.is_initialized():
-        yield
-        return
-    if config.address is None:
-        num_cpus = config.num_cpus or max(os.cpu_count() or 1, num_workers)
-        _init_ray(address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES)
-    else:
-        _check_answer(config.address, config.connect_timeout_s)
-        _init_ray(address=config.address)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _init_ray(**settings: Any) -> None:
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RayError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ClusterError(f"Ray could not be reached at {settings['address']} ({reason}).") from error
-
-
-def _check_answer(address: str, timeout_s: float) -> None:
-    """Ask the address for a connection first: Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=timeout_s):
-            pass
-    except (OSError, ValueError) as error:
-        raise ClusterError(
-            f"No Ray answers at {address} ({error}). Start one there with `ray start --head`, or leave the address out."
-        ) from error
 
 
 @contextmanager

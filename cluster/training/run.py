@@ -69,7 +69,7 @@ def run_training(
     fingerprint = data_fingerprint(train_tokens, validation_tokens)
     model, restore_optimizer, state = _start_or_resume(model_config, config, fingerprint)
     model.to(device)
-    is_compiled = config.is_compiled and compile_blocks(model)
+    is_compiled = config.is_compiled and compile_blocks(model, config.compute_dtype)
     optimizer = build_optimizer(model, config.adam_beta1, config.adam_beta2)
     restore_optimizer(model, optimizer)
     engine = build_engine(model, optimizer, is_compiled)

@@ -2,14 +2,14 @@
 
 ::
 
-    peak        .
-              .' '.            stage one: on the line from the peak to 0
-            .'     '.
-          .'         |         half-way: down to 2/3 of that line
-        .'           '.
-      .'                '.     stage two
-    .'                     '.
-    0 ...................... num_steps
+    peak ......  .
+                / ' .             stage one: on the line from the peak to 0
+               /      ' .
+              /           |       half-way: 2/3 of what that line says
+             /            ' .
+            /                 ' .     stage two
+    0 .... / .....................' .
+           0    half of num_steps     num_steps
 
 The float twin takes the same shape with a peak of its own.
 

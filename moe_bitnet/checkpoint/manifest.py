@@ -5,10 +5,11 @@ It finds truncation and accidental change. It does not prove who wrote the files
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from moe_bitnet.errors import CheckpointError
-from moe_bitnet.files import recover_directory
+from moe_bitnet.files import read_json, recover_directory
 
 MANIFEST_NAME = "manifest.json"
 
@@ -23,9 +24,12 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST_NAME).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
 
 
-def verify_manifest(folder: Path) -> None:
+def verify_manifest(folder: Path, required: Sequence[str] = ()) -> None:
     """Check that a checkpoint is whole.
 
+    Args:
+        folder: of the checkpoint.
+        required: names that the manifest must list.
     Raises:
         CheckpointError: the folder or a listed file is missing, truncated or altered.
     """
@@ -36,12 +40,15 @@ def verify_manifest(folder: Path) -> None:
         )
     path = folder / MANIFEST_NAME
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["files"]
+        listed = read_json(path)["files"]
         expected = {str(name): (int(entry["num_bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: is not a checkpoint of this package; it has no {MANIFEST_NAME}.") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: is damaged ({error!r}). Save the model again.") from error
+    unlisted = sorted(set(required) - expected.keys())
+    if unlisted:
+        raise CheckpointError(f"{path}: does not list {', '.join(unlisted)}. The file was altered; copy it again.")
     for name, (num_bytes, sha256) in expected.items():
         file = folder / name
         if Path(name).name != name or not file.is_file():

@@ -20,11 +20,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from moe_bitnet.checkpoint.manifest import verify_manifest, write_manifest
-from moe_bitnet.checkpoint.pack import model_layout, packed_skeleton
+from moe_bitnet.checkpoint.manifest import MANIFEST_NAME, verify_manifest, write_manifest
+from moe_bitnet.checkpoint.pack import model_layout, packed_skeleton, require_local_experts
 from moe_bitnet.config import ModelConfig
 from moe_bitnet.errors import CheckpointError, ConfigError
-from moe_bitnet.files import replace_directory
+from moe_bitnet.files import read_json, recover_directory, replace_directory
 from moe_bitnet.model import MoETransformer
 from moe_bitnet.packing import Layout, check_layout, check_packed
 
@@ -53,18 +53,26 @@ def save_model(model: MoETransformer, folder: Path | str, float_dtype: torch.dty
     Args:
         model: latent, float or packed.
         folder: where to.
-        float_dtype: if given, float weights with two or more dimensions are rounded to it
-            (``torch.float16`` for a twin that is to be deployed); norms stay as they are.
+        float_dtype: if given, float matrices are rounded to it (``torch.float16`` for a twin that is
+            to be deployed); norms and routers stay as they are.
     Raises:
+        CheckpointError: the folder holds files that are no checkpoint, or the model's experts are elsewhere.
         OSError: the disk is full or the place cannot be written; what was there stays.
     """
-    with replace_directory(Path(folder)) as new_folder:
+    folder = Path(folder)
+    recover_directory(folder)
+    if folder.exists() and not (folder / MANIFEST_NAME).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise CheckpointError(
+            f"{folder}: holds something that is no checkpoint; it was left alone. Give another folder."
+        )
+    with replace_directory(folder) as new_folder:
         write_model(model, new_folder, float_dtype)
         write_manifest(new_folder)
 
 
 def write_model(model: MoETransformer, folder: Path, float_dtype: torch.dtype | None = None) -> None:
     """Write ``config.json`` and ``model.safetensors`` into an existing folder, without a manifest."""
+    require_local_experts(model)
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -72,7 +80,7 @@ def write_model(model: MoETransformer, folder: Path, float_dtype: torch.dtype | 
         "model": model.config.to_dict(),
     }
     (folder / CONFIG_NAME).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-    tensors = {name: _stored(tensor, float_dtype) for name, tensor in model.state_dict().items()}
+    tensors = {name: _stored(name, tensor, float_dtype) for name, tensor in model.state_dict().items()}
     safetensors.torch.save_file(tensors, str(folder / TENSORS_NAME))
 
 
@@ -85,7 +93,7 @@ def load_model(folder: Path | str) -> MoETransformer:
         CheckpointError: missing, truncated, altered, or tensors that do not fit the config.
     """
     folder = Path(folder)
-    verify_manifest(folder)
+    verify_manifest(folder, required=(CONFIG_NAME, TENSORS_NAME))
     info = read_info(folder)
     with torch.device("meta"):
         model = MoETransformer(info.config)
@@ -106,7 +114,7 @@ def read_info(folder: Path) -> CheckpointInfo:
     """
     path = folder / CONFIG_NAME
     try:
-        header: Any = json.loads(path.read_text(encoding="utf-8"))
+        header: Any = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}). Give a checkpoint folder of this package.") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -117,10 +125,14 @@ def read_info(folder: Path) -> CheckpointInfo:
             f"Install the release that wrote it."
         )
     try:
-        config = ModelConfig.from_dict(header.get("model"), source=str(path))
+        config = ModelConfig.from_dict(header.get("model"), source="model")
         layout = None if header.get("layout") is None else check_layout(str(header["layout"]))
     except ConfigError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(f"{path}: {error}") from error
+    if layout is not None and not config.is_ternary:
+        raise CheckpointError(
+            f"{path}: layout {layout!r} contradicts precision {config.precision!r}. The file is damaged."
+        )
     return CheckpointInfo(config, layout)
 
 
@@ -137,9 +149,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _stored(tensor: Tensor, float_dtype: torch.dtype | None) -> Tensor:
+def is_matrix(name: str) -> bool:
+    """Tell by its name whether a tensor of a model's state is a float matrix that half precision may hold."""
+    return name.endswith(
+        ("_proj.weight", "embedding.weight", "lm_head.weight", "gate_weight", "up_weight", "down_weight")
+    )
+
+
+def _stored(name: str, tensor: Tensor, float_dtype: torch.dtype | None) -> Tensor:
     tensor = tensor.detach().cpu()
-    if float_dtype is not None and tensor.is_floating_point() and tensor.dim() > 1 and min(tensor.shape) > 1:
+    if float_dtype is not None and is_matrix(name):
         tensor = tensor.to(float_dtype)
     return tensor.contiguous()
 

@@ -13,13 +13,12 @@ from torch import nn
 
 from moe_bitnet.attention import Attention
 from moe_bitnet.bitlinear import BitLinear, PackedBitLinear
-from moe_bitnet.config import ModelConfig
 from moe_bitnet.errors import CheckpointError
-from moe_bitnet.experts import PackedExperts, TernaryExperts
+from moe_bitnet.experts import GroupedExperts, PackedExperts, TernaryExperts
 from moe_bitnet.layers import RMSNorm
 from moe_bitnet.model import MoETransformer
 from moe_bitnet.moe import MoELayer
-from moe_bitnet.packing import Layout, packed_width
+from moe_bitnet.packing import Layout, check_layout
 
 _ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _EXPERT_GROUPS = ("experts", "shared_experts")
@@ -34,8 +33,11 @@ def pack_model(model: MoETransformer, layout: Layout = "2bit") -> MoETransformer
     Returns:
         a new model in evaluation mode.
     Raises:
-        CheckpointError: the model is a float twin, or is packed already.
+        CheckpointError: the model is a float twin, is packed already, or its experts are elsewhere.
+        ConfigError: the layout is unknown.
     """
+    check_layout(layout)
+    require_local_experts(model)
     if not model.config.is_ternary:
         raise CheckpointError(
             f"pack: the model's precision is {model.config.precision!r}; only 'ternary' models can be packed. "
@@ -72,19 +74,18 @@ def model_layout(model: MoETransformer) -> Layout | None:
     return None
 
 
-def expert_bytes(config: ModelConfig, layout: Layout | None) -> int:
-    """Return the bytes of one expert: three matrices, their scales and the norm before down (float32).
+def require_local_experts(model: MoETransformer) -> None:
+    """Check that the model's own experts are in place.
 
-    Args:
-        config: the shape.
-        layout: packed ternary, or ``None`` for float16 matrices.
+    Raises:
+        CheckpointError: they were replaced by other executors, so their weights are not here.
     """
-    hidden, inner = config.hidden_size, config.intermediate_size
-    norm = 4 * inner
-    if layout is None:
-        return 2 * 3 * hidden * inner + norm
-    gate_and_up = 2 * inner * packed_width(hidden, layout)
-    return gate_and_up + hidden * packed_width(inner, layout) + 3 * 4 + norm
+    for module in model.modules():
+        if isinstance(module, MoELayer) and not isinstance(module.experts, GroupedExperts):
+            raise CheckpointError(
+                "the model's experts were replaced by other executors, so their weights are not here. "
+                "Load the checkpoint again and use that model."
+            )
 
 
 def _replace_layers(

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moe_bitnet.checkpoint.native import is_matrix
 from moe_bitnet.checkpoint.pack import packed_skeleton
 from moe_bitnet.config import ModelConfig
 from moe_bitnet.model import MoETransformer
@@ -38,7 +39,7 @@ def model_sizes(config: ModelConfig, layout: Layout | None = None, float_bytes: 
     Args:
         config: the shape.
         layout: packed ternary weights, or ``None`` for float ones.
-        float_bytes: bytes of an element of a float matrix; vectors (norms, scales) have 4, and so has
+        float_bytes: bytes of an element of a float matrix; norms, scales and routers have 4, and so has
             every float of a packed model.
     """
     with torch.device("meta"):
@@ -49,8 +50,8 @@ def model_sizes(config: ModelConfig, layout: Layout | None = None, float_bytes: 
     state = model.state_dict()
     experts = {name: tensor for name, tensor in state.items() if ".moe.experts." in name}
     num_experts = config.num_layers * config.num_experts
-    all_bytes = sum(_num_bytes(tensor, float_bytes) for tensor in state.values())
-    all_expert_bytes = sum(_num_bytes(tensor, float_bytes) for tensor in experts.values())
+    all_bytes = sum(_num_bytes(name, tensor, float_bytes) for name, tensor in state.items())
+    all_expert_bytes = sum(_num_bytes(name, tensor, float_bytes) for name, tensor in experts.items())
     assert all_expert_bytes % num_experts == 0
     return ModelSizes(all_expert_bytes // num_experts, num_experts, all_bytes - all_expert_bytes)
 
@@ -60,6 +61,5 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
-def _num_bytes(tensor: Tensor, float_bytes: int) -> int:
-    is_matrix = tensor.is_floating_point() and tensor.dim() > 1
-    return tensor.numel() * (float_bytes if is_matrix else tensor.element_size())
+def _num_bytes(name: str, tensor: Tensor, float_bytes: int) -> int:
+    return tensor.numel() * (float_bytes if is_matrix(name) else tensor.element_size())

@@ -11,7 +11,6 @@
     └── report/          report.json, report.html, overview.png              (report)
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from moe_bitnet.checkpoint.manifest import MANIFEST_NAME
 from moe_bitnet.config import Precision
 from moe_bitnet.errors import DataError
+from moe_bitnet.files import read_json
 from moe_bitnet.packing import Layout
 
 DEFAULT_RUN = Path("runs/demo")
@@ -73,7 +73,7 @@ class RunFolder:
         """
         path = self.json_file(step)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
         except FileNotFoundError as error:
             raise DataError(f"{path}: is missing. Run 'moe-bitnet {step} --run {self.path}' first.") from error
         except (OSError, ValueError) as error:

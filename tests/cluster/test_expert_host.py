@@ -4,6 +4,7 @@ import pytest
 import torch
 from host_factories import (
     EXACT_DISPATCH,
+    EXACT_RECIPES,
     FLOAT_KINDS,
     KINDS,
     TERNARY_KINDS,
@@ -17,7 +18,7 @@ from host_factories import (
 
 from cluster.expert_host import ExpertHost, slice_experts
 from cluster.transport.codec import decode_combine, encode
-from cluster.transport.frames import CombineFrame, DispatchFrame
+from cluster.transport.frames import CombineFrame
 from cluster.transport.header import FrameLimits
 from moe_bitnet.checkpoint.pack import model_layout
 from moe_bitnet.checkpoint.sizes import model_sizes
@@ -38,12 +39,12 @@ def random_rows(num_tokens, hidden_size):
 # --- Answers
 
 
-@pytest.mark.parametrize("hidden_size", [12, 65])
+@pytest.mark.parametrize("recipe", EXACT_RECIPES)
 @pytest.mark.parametrize("num_tokens", [1, 7, 33])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_subset_answers_as_the_local_experts_bit_for_bit(kind, num_tokens, hidden_size):
-    model = model_of(kind, hidden_size=hidden_size, intermediate_size=33, num_layers=1)
-    hidden_states, choices = random_rows(num_tokens, hidden_size), random_choices(num_tokens, 5, top_k=2)
+def test_every_subset_answers_as_the_local_experts_bit_for_bit(kind, num_tokens, recipe):
+    model = model_of(kind, recipe=recipe, hidden_size=33, num_layers=1)
+    hidden_states, choices = random_rows(num_tokens, 33), random_choices(num_tokens, 5, top_k=2)
     expected = local_rows(experts_of(model), hidden_states, choices)
     for expert_ids in SUBSETS:
         frame, slots = frame_for(hidden_states, choices, expert_ids, EXACT_DISPATCH[kind])
@@ -253,7 +254,5 @@ def test_read_only_weights_are_taken():
         array.setflags(write=False)
     host = ExpertHost("device-0", 10**9, model.config, model_layout(model))
     host.load(experts)
-    frame = DispatchFrame(
-        0, 0, torch.ones(1, 12), torch.tensor([1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    )
+    frame, _ = frame_for(torch.ones(1, 12), torch.tensor([[1]]), [1], "int8")
     assert ask(host, frame).rows.isfinite().all()

@@ -2,8 +2,6 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cluster.topology import Device, Topology, logical_devices
 from moe_bitnet.errors import ConfigError

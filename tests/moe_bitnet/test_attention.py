@@ -1,9 +1,9 @@
 import pytest
 import torch
-
 from factories import ListCache, randomize, tiny_config
-from moe_bitnet.attention import Attention, causal_attention
 from numerics import assert_matches_definition, rms
+
+from moe_bitnet.attention import Attention, causal_attention
 
 NORM_RECIPES = ("sub_norm", "inner_norm")
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
+from numerics import assert_matches_definition, rms, straight_through_linear, with_gradients
 
 from moe_bitnet.bitlinear import BitLinear, FloatLinear, PackedBitLinear
 from moe_bitnet.packing import LAYOUTS
 from moe_bitnet.quantization import quantize_activation, quantize_weight
-from numerics import assert_matches_definition, rms, straight_through_linear, with_gradients
 
 SIZES = [(1, 1), (7, 33), (33, 7), (64, 20)]
 EPS = 1e-5

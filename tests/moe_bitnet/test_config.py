@@ -2,8 +2,8 @@ import dataclasses
 import json
 
 import pytest
-
 from factories import tiny_config
+
 from moe_bitnet.config import ModelConfig
 from moe_bitnet.errors import ConfigError
 
@@ -95,7 +95,7 @@ def test_an_unknown_field_is_refused_by_name():
 def test_a_missing_field_is_named():
     values = tiny_config().to_dict()
     del values["num_layers"]
-    with pytest.raises(ConfigError, match="here: .*num_layers"):
+    with pytest.raises(ConfigError, match=r"here: .*num_layers"):
         ModelConfig.from_dict(values, source="here")
 
 

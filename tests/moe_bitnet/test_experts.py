@@ -1,7 +1,8 @@
 import pytest
 import torch
-
 from factories import randomize, tiny_config
+from numerics import assert_matches_definition, rms, straight_through_linear, with_gradients
+
 from moe_bitnet.dispatch import sort_by_expert
 from moe_bitnet.experts import (
     FloatExperts,
@@ -13,7 +14,6 @@ from moe_bitnet.experts import (
 )
 from moe_bitnet.packing import LAYOUTS
 from moe_bitnet.router import Routing
-from numerics import assert_matches_definition, rms, straight_through_linear, with_gradients
 
 EPS = 1e-5
 WEIGHTS = ("gate_weight", "up_weight", "down_weight", "norm_weight")

@@ -93,8 +93,8 @@ def test_a_failed_second_rename_brings_the_old_one_back(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["model", "model.v1", "run[1]", "what*", "with space"])
 def test_a_kill_between_the_renames_is_undone(tmp_path, name):
     path = tmp_path / name
-    write_old(tmp_path / f".{name}.old-12345")
-    write_old(tmp_path / f".{name}.new-12345", "new")
+    write_old(tmp_path / f".{name}.old-4194305")
+    write_old(tmp_path / f".{name}.new-4194305", "new")
     recover_directory(path)
     assert (path / "content").read_text() == "old"
 
@@ -102,7 +102,7 @@ def test_a_kill_between_the_renames_is_undone(tmp_path, name):
 def test_a_kill_after_the_renames_keeps_the_new_one(tmp_path):
     path = tmp_path / "model"
     write_old(path, "new")
-    write_old(tmp_path / ".model.old-12345")
+    write_old(tmp_path / ".model.old-4194305")
     recover_directory(path)
     assert (path / "content").read_text() == "new"
     assert names_in(tmp_path) == ["model"]
@@ -110,7 +110,7 @@ def test_a_kill_after_the_renames_keeps_the_new_one(tmp_path):
 
 def test_the_next_save_after_a_kill_leaves_only_the_new_one(tmp_path):
     path = tmp_path / "model"
-    write_old(tmp_path / ".model.old-12345")
+    write_old(tmp_path / ".model.old-4194305")
     with replace_directory(path) as new:
         (new / "content").write_text("new")
     assert (path / "content").read_text() == "new"
@@ -124,3 +124,11 @@ def test_recovery_touches_no_other_directory(tmp_path, name, other):
     recover_directory(tmp_path / name)
     recover_directory(tmp_path / "absent" / name)
     assert names_in(tmp_path) == sorted([f".{other}.old-1", name])
+
+
+def test_what_a_living_process_is_swapping_is_left_alone(tmp_path):
+    # process 1 lives on every machine
+    for name in (".model.old-1", ".model.new-1"):
+        write_old(tmp_path / name)
+    recover_directory(tmp_path / "model")
+    assert names_in(tmp_path) == [".model.new-1", ".model.old-1"]

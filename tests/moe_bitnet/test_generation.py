@@ -1,7 +1,7 @@
 import pytest
 import torch
-
 from factories import ListCache, tiny_model
+
 from moe_bitnet.errors import ConfigError
 from moe_bitnet.generation import generate
 

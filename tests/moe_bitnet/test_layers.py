@@ -1,8 +1,8 @@
 import pytest
 import torch
+from numerics import assert_close_to_truth, ulp_at
 
 from moe_bitnet.layers import RMSNorm, apply_rotary, rms_norm, rotary_tables
-from numerics import assert_close_to_truth, ulp_at
 
 EPS = 1e-5
 

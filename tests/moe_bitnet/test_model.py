@@ -1,13 +1,13 @@
 import pytest
 import torch
+from factories import ListCache, random_token_ids, randomize, tiny_config, tiny_model
+from numerics import one_ulp_noise
 from torch import nn
 
-from factories import ListCache, random_token_ids, randomize, tiny_config, tiny_model
 from moe_bitnet.bitlinear import BitLinear
 from moe_bitnet.errors import ShapeError
 from moe_bitnet.experts import FloatExperts, TernaryExperts
 from moe_bitnet.model import Block, MoETransformer
-from numerics import one_ulp_noise
 
 
 def num_parameters(config):
@@ -258,22 +258,36 @@ def test_autocast_keeps_stream_and_losses_in_float32(precision):
         assert parameter.grad.dtype == torch.float32, name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["ternary", "float"])
-def test_a_compiled_block_equals_eager(precision):
-    # slow: the compiler needs tens of seconds
-    block = randomize(Block(tiny_config(precision=precision, norm_recipe="sub_norm"), 0))
-    x, upstream = torch.randn(2, 7, 12), torch.randn(2, 7, 12)
-    results = []
-    for run in (block, torch.compile(block)):
-        leaf = x.clone().requires_grad_()
-        block.zero_grad()
+def run_with_gradients(block, run, x, upstream, dtype):
+    leaf = x.clone().requires_grad_()
+    block.zero_grad()
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         output, _ = run(leaf)
-        output.backward(upstream)
-        results.append([output.detach(), leaf.grad, *(parameter.grad.clone() for parameter in block.parameters())])
-    noise = one_ulp_noise(block, lambda b: b(x)[0].detach())
-    assert (results[0][0] - results[1][0]).abs().max() <= 4 * noise
-    for eager, compiled in zip(*results, strict=True):
-        # gradients pass as many roundings as outputs do, relative to their own size
-        relative = 16 * noise / float(results[0][0].abs().max())
-        assert (eager - compiled).abs().max() <= relative * eager.abs().max()
+    output.backward(upstream)
+    return [output.detach(), leaf.grad, *(parameter.grad.clone() for parameter in block.parameters())]
+
+
+@pytest.mark.slow
+def test_a_compiled_block_equals_eager_in_bfloat16():
+    # slow: the compiler needs about a minute
+    block = randomize(Block(tiny_config(), 0))
+    x, upstream = torch.randn(2, 7, 12), torch.randn(2, 7, 12)
+    truth = run_with_gradients(block, block, x, upstream, torch.float32)
+    eager = run_with_gradients(block, block, x, upstream, torch.bfloat16)
+    compiled = run_with_gradients(block, torch.compile(block), x, upstream, torch.bfloat16)
+    for mine, plain, high in zip(compiled, eager, truth, strict=True):
+        # eager's own error against float32, and two ulps of bfloat16
+        allowed = (plain - high).abs().max() + 2 * 2**-8 * high.abs().max()
+        assert (mine - high).abs().max() <= allowed
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="torch 2.13: the shape function of grouped_mm knows bfloat16 alone")
+def test_a_compiled_block_equals_eager_in_float32():
+    block = randomize(Block(tiny_config(), 0))
+    x, upstream = torch.randn(2, 7, 12), torch.randn(2, 7, 12)
+    eager = run_with_gradients(block, block, x, upstream, torch.float32)
+    compiled = run_with_gradients(block, torch.compile(block), x, upstream, torch.float32)
+    noise = one_ulp_noise(block, lambda b: b(x)[0].detach()) / float(eager[0].abs().max())
+    for mine, high in zip(compiled, eager, strict=True):
+        assert (mine - high).abs().max() <= 16 * noise * high.abs().max()

@@ -1,10 +1,10 @@
 import pytest
 import torch
-
 from factories import randomize, tiny_config
+from numerics import assert_matches_definition, rms, straight_through_linear
+
 from moe_bitnet.moe import MoELayer
 from moe_bitnet.router import load_balance_loss, router_z_loss
-from numerics import assert_matches_definition, rms, straight_through_linear
 
 
 def make_layer(**changes):

@@ -74,5 +74,5 @@ def test_excluded_tokens_are_never_taken():
 @pytest.mark.parametrize("options", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0},
                                      {"top_p": -1.0}, {"top_p": 1.1}, {"top_p": float("nan")}])  # fmt: skip
 def test_impossible_settings_are_refused(options):
-    with pytest.raises(ConfigError, match="temperature .* top_p"):
+    with pytest.raises(ConfigError, match=r"temperature .* top_p"):
         sample(LOGITS, **options)

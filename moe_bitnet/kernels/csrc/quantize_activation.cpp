@@ -18,8 +18,8 @@ float row_absmax(const float* row, int64_t num_features) {
   float absmax = kMinAbsmax;
   for (int64_t i = 0; i < num_features; ++i) {
     const float magnitude = std::fabs(row[i]);
-    // written so that a NaN wins and stays
-    absmax = magnitude <= absmax ? absmax : magnitude;
+    // a NaN differs from itself, so it is taken; nothing is larger than it, so it stays
+    absmax = magnitude > absmax || magnitude != magnitude ? magnitude : absmax;
   }
   return absmax;
 }

@@ -132,6 +132,6 @@ def test_a_manifest_that_is_not_utf8_is_named(folder):
 
 
 def test_an_interrupted_swap_is_repaired_first(folder):
-    folder.rename(folder.with_name(".checkpoint.old-77"))
+    folder.rename(folder.with_name(".checkpoint.old-4194305"))
     verify_manifest(folder)
     assert folder.is_dir()

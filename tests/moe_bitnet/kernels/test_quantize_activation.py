@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from factories import backends_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factories import backends_with
 from moe_bitnet.errors import ShapeError
 from moe_bitnet.kernels import select
 from moe_bitnet.quantization import quantize_activation

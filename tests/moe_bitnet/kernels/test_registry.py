@@ -2,8 +2,8 @@ import logging
 
 import pytest
 import torch
-
 from factories import backends_with
+
 from moe_bitnet.errors import BackendError
 from moe_bitnet.kernels import backend_reference, registry, select
 from moe_bitnet.kernels.library import load_library

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from factories import backends_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factories import backends_with
 from moe_bitnet.errors import ShapeError
 from moe_bitnet.kernels import select
 from moe_bitnet.kernels.backend_reference import MAX_IN_FEATURES
@@ -76,6 +76,7 @@ def test_extreme_sums_do_not_overflow(linear, layout, in_features, x_value, weig
 
 
 def test_reference_refuses_rows_that_float32_cannot_sum_exactly(layout):
+    assert 128 * MAX_IN_FEATURES < 2**24 <= 128 * (MAX_IN_FEATURES + 1), "beyond, an odd sum may lie between two floats"
     in_features = MAX_IN_FEATURES + 1
     ternary = torch.ones(1, in_features, dtype=torch.int8)
     weight = PackedTernary(pack(ternary, layout), torch.ones(1, 1), in_features, layout)

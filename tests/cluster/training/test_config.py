@@ -1,0 +1,61 @@
+import json
+
+import pytest
+
+from cluster.training.config import TrainConfig
+from moe_bitnet.errors import ConfigError
+
+
+def test_json_round_trip(config, tmp_path):
+    config.save(tmp_path / "train.json")
+    assert TrainConfig.from_json(tmp_path / "train.json") == config
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_defaults_follow_precision_and_length():
+    config = TrainConfig("data", "out", num_steps=100)
+    assert config.peak_for("ternary") == 2 * config.peak_for("float") == 8e-3
+    assert config.replace(peak_learning_rate=1e-3).peak_for("ternary") == 1e-3
+    assert config.num_warmup_steps == 10
+    assert TrainConfig("data", "out", num_steps=10_000).num_warmup_steps == 375
+    assert TrainConfig("data", "out", num_steps=1).num_warmup_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data_folder", ""),
+        ("out_folder", 3),
+        ("num_steps", 0),
+        ("num_steps", 1.5),
+        ("batch_size", True),
+        ("seq_len", -1),
+        ("seed", -1),
+        ("peak_learning_rate", 0.0),
+        ("peak_learning_rate", float("nan")),
+        ("warmup_steps", -1),
+        ("warmup_steps", 1000),
+        ("adam_beta1", 1.0),
+        ("weight_decay", -0.1),
+        ("gradient_clipping", 0),
+        ("gradient_clipping", float("inf")),
+        ("load_balance_weight", "much"),
+        ("compute_dtype", "float16"),
+        ("num_workers", 3),
+        ("threads_per_worker", 0),
+        ("is_compiled", 1),
+        ("num_kept_checkpoints", 0),
+        ("checkpoint_every_s", 0),
+    ],
+)
+def test_impossible_values_are_named(name, value):
+    with pytest.raises(ConfigError, match=name):
+        TrainConfig(**{"data_folder": "data", "out_folder": "out", name: value})
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"data_folder": "a"}', '{"data_folder": "a", "out_folder": "b", "x": 1}'])
+def test_wrong_files_are_named(text, tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"train\.json"):
+        TrainConfig.from_json(path)

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from cluster.training.optimizer import (
+    build_optimizer,
+    is_decayed,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_step_size,
+)
+from moe_bitnet.errors import CheckpointError
+from moe_bitnet.model import MoETransformer
+
+
+@pytest.fixture
+def model(model_config):
+    torch.manual_seed(0)
+    return MoETransformer(model_config)
+
+
+def train_step(model, optimizer):
+    set_step_size(optimizer, 1e-2, 0.1)
+    model(torch.arange(12).view(2, 6)).logits.logsumexp(-1).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("norm_recipe", ["sub_norm", "inner_norm"])
+def test_projections_and_experts_decay_and_nothing_else(model_config, norm_recipe, precision):
+    model = MoETransformer(
+        model_config.replace(norm_recipe=norm_recipe, precision=precision, has_tied_embeddings=False)
+    )
+    decayed = {name for name, _ in model.named_parameters() if is_decayed(name)}
+    expected = {f"blocks.{i}.attention.{p}_proj.weight" for i in range(2) for p in "qkvo"} | {
+        f"blocks.{i}.moe.{kind}.{p}_weight"
+        for i in range(2)
+        for kind in ("experts", "shared_experts")
+        for p in ("gate", "up", "down")
+    }
+    assert decayed == expected
+    groups = build_optimizer(model, 0.9, 0.95).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert {len(group["params"]) for group in groups if group["is_decayed"]} == {len(expected)}
+
+
+def test_step_size_reaches_both_groups(model):
+    optimizer = build_optimizer(model, 0.9, 0.95)
+    set_step_size(optimizer, 0.25, 0.1)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.25, 0.1), (0.25, 0.0)]
+
+
+def test_state_survives_a_round_trip_by_name(model, model_config):
+    optimizer = build_optimizer(model, 0.9, 0.95)
+    assert optimizer_tensors(model, optimizer) == {}
+    train_step(model, optimizer)
+    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizer).items()}
+    twin = MoETransformer(model_config)
+    twin.load_state_dict(model.state_dict())
+    twin_optimizer = build_optimizer(twin, 0.9, 0.95)
+    load_optimizer_tensors(twin, twin_optimizer, saved, "test")
+    train_step(model, optimizer)
+    train_step(twin, twin_optimizer)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, twin.state_dict()[name]), name
+
+
+def test_state_of_another_model_is_refused(model):
+    optimizer = build_optimizer(model, 0.9, 0.95)
+    train_step(model, optimizer)
+    tensors = optimizer_tensors(model, optimizer)
+    fresh = build_optimizer(model, 0.9, 0.95)
+    with pytest.raises(CheckpointError, match=r"norm\.weight\.exp_avg"):
+        load_optimizer_tensors(model, fresh, {**tensors, "norm.weight.exp_avg": torch.zeros(3)}, "test")
+    del tensors["norm.weight.step"]
+    with pytest.raises(CheckpointError, match=r"norm\.weight\.step"):
+        load_optimizer_tensors(model, fresh, tensors, "test")

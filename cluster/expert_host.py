@@ -7,13 +7,9 @@
 It refuses weights that exceed its device's memory, and frames of another plan.
 An expert that it does not hold is an error, never skipped.
 
-All rows of an expert come to one host and are grouped as the local executor
-groups them (the same order, the same alignment): what comes out is what the
-local experts give, bit for bit. One limit: torch's SiLU rounds the last few
-elements of an array, or of a thread's share of it, otherwise than the rest. With
-SwiGLU the bits are sure where ``intermediate_size`` is a multiple of 32 and one
-thread computes; elsewhere an expert's inner value may be off by one unit in the
-last place, which now and then moves an int8 value of its row by one.
+All rows of an expert come to one host in the order in which the local executor
+has them, and no row's result depends on its neighbours: what comes out is what
+the local experts give, bit for bit.
 """
 
 from collections.abc import Mapping
@@ -28,7 +24,6 @@ from cluster.transport.frames import CombineFrame, DispatchFrame
 from cluster.transport.header import FrameLimits
 from cluster.transport.row_format import CombineFormat
 from moe_bitnet.config import ModelConfig
-from moe_bitnet.dispatch import sort_by_expert
 from moe_bitnet.errors import ClusterError, PlacementError
 from moe_bitnet.experts import ExpertInput, GroupedExperts, build_experts
 from moe_bitnet.packing import Layout
@@ -171,9 +166,8 @@ def _run_pairs(experts: GroupedExperts, rows: ExpertInput, local_expert_indices:
     """Run each row ``[m, H]`` through its expert (int64 ``[m]``, ascending); returns float32 ``[m, H]``."""
     if not len(local_expert_indices):
         return torch.empty(rows.rows.shape)
-    dispatch = sort_by_expert(local_expert_indices.unsqueeze(1), experts.num_experts, experts.row_alignment)
-    outputs = experts.compute(rows.take(dispatch.sorted_token_indices), dispatch.expert_offsets)
-    return outputs[dispatch.slot_positions]
+    expert_offsets = torch.searchsorted(local_expert_indices, torch.arange(experts.num_experts + 1))
+    return experts.compute(rows, expert_offsets)
 
 
 def slice_experts(experts: GroupedExperts, layer_index: int, expert_ids: list[int]) -> ExpertSlice:

@@ -64,7 +64,13 @@ class ExpertInput:
 
 def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """Return ``silu(gate) · up`` (SwiGLU, arXiv:2002.05202) or ``relu(gate)² · up`` (2B4T)."""
-    return (F.silu(gate) if activation == "swiglu" else F.relu(gate).square()) * up
+    if activation == "squared_relu":
+        return F.relu(gate).square() * up
+    if torch.is_grad_enabled():
+        return F.silu(gate) * up
+    # Vectorized silu rounds the last elements of an array 1 ulp differently, so a row's result would depend
+    # on its neighbours; this form does not, but its gradient overflows.
+    return gate / (1 + torch.exp(-gate)) * up
 
 
 class GroupedExperts(nn.Module):
@@ -75,7 +81,7 @@ class GroupedExperts(nn.Module):
         num_experts: experts held here; a host holds fewer than the layer has.
     """
 
-    row_alignment = 1
+    training_row_alignment = 1
 
     def __init__(self, config: ModelConfig, num_experts: int) -> None:
         super().__init__()
@@ -91,7 +97,8 @@ class GroupedExperts(nn.Module):
 
     def run(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """Fulfil :class:`ExpertExecutor` with the experts held here."""
-        dispatch = sort_by_expert(routing.expert_indices, self.num_experts, self.row_alignment)
+        row_alignment = self.training_row_alignment if torch.is_grad_enabled() else 1
+        dispatch = sort_by_expert(routing.expert_indices, self.num_experts, row_alignment)
         rows = self.prepare(hidden_states).take(dispatch.sorted_token_indices)
         outputs = self.compute(rows, dispatch.expert_offsets)
         return combine(outputs, dispatch.slot_positions, routing.expert_weights)
@@ -128,7 +135,7 @@ class FloatExperts(GroupedExperts):
 
     # oneDNN compiles a kernel for every new number of rows (about 1 ms each); multiples of 32
     # leave few enough of them to stay in its cache: 8× faster in training (docs/experiments.md).
-    row_alignment = 32
+    training_row_alignment = 32
 
     def __init__(self, config: ModelConfig, num_experts: int) -> None:
         super().__init__(config, num_experts)

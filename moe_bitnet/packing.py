@@ -111,7 +111,7 @@ def unpack(weight_packed: Tensor, in_features: int, layout: Layout) -> Tensor:
         int8 ``[..., in_features]`` with values in {-1, 0, 1}.
     """
     weights = F.embedding(weight_packed.int(), _weights_of_byte(layout, weight_packed.device))  # [..., bytes, count]
-    return weights.flatten(-2)[..., :in_features]
+    return weights.flatten(-2).narrow(-1, 0, in_features)
 
 
 def check_packed(weight_packed: Tensor, in_features: int, layout: Layout, name: str) -> None:

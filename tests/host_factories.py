@@ -15,11 +15,9 @@ from moe_bitnet.quantization import quantize_activation
 TERNARY_KINDS = ("2bit", "base3", "latent")
 FLOAT_KINDS = ("float32", "float16")
 KINDS = (*TERNARY_KINDS, *FLOAT_KINDS)
-# torch's SiLU rounds the last elements of an array otherwise than the rest, so that with it a row's bits depend on
-# its neighbours, unless rows are whole vectors (32 floats); squared ReLU is exact at any size
 EXACT_RECIPES = {
     "squared_relu, odd": {"activation": "squared_relu", "intermediate_size": 7},
-    "swiglu, even": {"activation": "swiglu", "intermediate_size": 32},
+    "swiglu, odd": {"activation": "swiglu", "intermediate_size": 33},
 }
 EXACT_DISPATCH = {kind: "int8" if kind in TERNARY_KINDS else "float32" for kind in KINDS}
 
@@ -57,7 +55,7 @@ def random_choices(num_tokens, num_experts, top_k, seed=0):
 @torch.inference_mode()
 def local_rows(experts, hidden_states, expert_indices):
     """The row ``[T·K, H]`` of every (token, choice) pair as the local executor computes it, before it is weighed."""
-    dispatch = sort_by_expert(expert_indices, experts.num_experts, experts.row_alignment)
+    dispatch = sort_by_expert(expert_indices, experts.num_experts)
     rows = experts.prepare(hidden_states).take(dispatch.sorted_token_indices)
     return experts.compute(rows, dispatch.expert_offsets)[dispatch.slot_positions]
 

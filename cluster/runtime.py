@@ -67,12 +67,12 @@ def connect(config: ClusterConfig | None = None) -> Iterator[None]:
             num_cpus=config.num_cpus,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
         )
     else:
         _check_address(config.address, config.connect_timeout_s)
         try:
-            ray.init(address=config.address, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ClusterError(
                 f"Ray at {config.address} answers but cannot be used ({error}). "

@@ -116,7 +116,8 @@ class MoETransformer(nn.Module):
     def _check(self, token_ids: Tensor, cache: AttentionCache | None) -> None:
         if token_ids.dim() != 2 or token_ids.numel() == 0 or token_ids.dtype not in (torch.int64, torch.int32):
             raise ShapeError(
-                f"token_ids is {token_ids.dtype} {list(token_ids.shape)}; give [batch_size, seq_len] of int64, not empty."
+                f"token_ids is {token_ids.dtype} {list(token_ids.shape)}; "
+                f"give [batch_size, seq_len] of int64, not empty."
             )
         if cache is not None and token_ids.shape[0] != 1:
             raise ShapeError(

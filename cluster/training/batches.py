@@ -103,28 +103,30 @@ def batch_at(
 def validation_batches(
     tokens: Tokens, batch_size: int, seq_len: int, max_windows: int | None = None
 ) -> Iterator[Batch]:
-    """Return an iterator over the first windows in their own order, the same on every call.
+    """Return an iterator over windows spread evenly over the text, the same on every call.
+
+    The first windows alone would be a handful of documents, which may be like no others.
 
     Args:
         tokens: ``[num_tokens]``, int32.
         batch_size: B, windows in a batch; the last batch may have fewer.
         seq_len: S, input tokens of a window.
-        max_windows: stop after so many windows, or where the tokens end; None takes all.
+        max_windows: how many windows to take at most; None takes all.
     Returns:
         Batches of inputs and targets, each ``[<= batch_size, seq_len]``, int64.
     Raises:
         ConfigError: a size is below 1.
         DataError: there are fewer than ``seq_len + 1`` tokens.
     """
-    num_windows = count_windows(tokens, seq_len)
-    if max_windows is not None:
-        num_windows = min(num_windows, max_windows)
+    num_held = count_windows(tokens, seq_len)
+    num_windows = num_held if max_windows is None else min(num_held, max_windows)
     if batch_size < 1 or num_windows < 1:
         raise ConfigError(
             f"validation_batches: batch_size={batch_size}, max_windows={max_windows}. Pass at least 1 of each."
         )
+    windows = np.arange(num_windows) * num_held // num_windows
     starts = range(0, num_windows, batch_size)
-    return (_take_windows(tokens, np.arange(start, min(start + batch_size, num_windows)), seq_len) for start in starts)
+    return (_take_windows(tokens, windows[start : start + batch_size], seq_len) for start in starts)
 
 
 def count_windows(tokens: Tokens, seq_len: int) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ class MetricsFollower:
     def __init__(self, path: Path, on_line: OnProgress) -> None:
         self._path = path
         self._on_line = on_line
+        self._inode, self._offset = -1, 0
         self._seen = set(self._read_lines())
         self._is_done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="metrics-follower", daemon=True)
@@ -57,10 +59,16 @@ class MetricsFollower:
                 self._on_line(json.loads(line))
 
     def _read_lines(self) -> list[str]:
-        """Return the whole lines; they are kilobytes for a thousand steps, so they are simply read again."""
+        """Return the whole lines since the last call; all of them if the file was replaced."""
         try:
-            text = self._path.read_text(encoding="utf-8", errors="replace")
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._inode or status.st_size < self._offset:
+                    self._inode, self._offset = status.st_ino, 0
+                file.seek(self._offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
         except OSError:
             return []
-        whole, _, _ = text.rpartition("\n")
-        return [line for line in whole.split("\n") if line.startswith("{") and line.endswith("}")]
+        self._offset += len(whole) + len(newline)
+        lines = whole.decode("utf-8", errors="replace").split("\n")
+        return [line for line in lines if line.startswith("{") and line.endswith("}")]

@@ -83,7 +83,6 @@ def train(
     check_run(model_config, config)
     withdraw_stop(config.out_folder)
     with ExitStack() as stack:
-        stack.callback(withdraw_stop, config.out_folder)
         stack.callback(shutil.rmtree, config.out_folder / _RAY_FOLDER, ignore_errors=True)
         stack.enter_context(_environment(_DRIVER_ENVIRONMENT))
         stack.enter_context(connect(cluster_config))
@@ -134,7 +133,8 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     config = TrainConfig.from_dict(settings["train_config"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(settings["num_threads"])
+    # a local Ray may have been told of more CPUs than there are
+    torch.set_num_threads(min(settings["num_threads"], os.cpu_count() or 1))
     try:
         with _log_file(config.out_folder / LOG_NAME, is_active=rank == 0):
             summary = run_training(
@@ -248,11 +248,9 @@ def _check_resources(num_workers: int) -> bool:
 
 def _threads_per_worker(num_workers: int) -> int:
     """Divide the CPUs of the smallest host among the workers that it gets when they are spread evenly."""
-    hosts = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    num_cpus = (
-        min(int(min(filter(None, hosts), default=1)), os.cpu_count() or 1) if len(hosts) == 1 else int(min(hosts))
-    )
-    return max(1, num_cpus // -(-num_workers // len(hosts)))
+    hosts = [node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    workers_per_host = -(-num_workers // len(hosts))
+    return max(1, int(min(hosts)) // workers_per_host)
 
 
 @contextmanager

@@ -46,13 +46,13 @@ class StopSignals:
 
 
 def request_stop(out_folder: Path) -> None:
-    """Ask the workers of a run to stop."""
+    """Ask the workers of a run to stop; the request stands until it is withdrawn."""
     out_folder.mkdir(parents=True, exist_ok=True)
     (out_folder / STOP_NAME).touch()
 
 
 def withdraw_stop(out_folder: Path) -> None:
-    """Forget an earlier request."""
+    """Forget an earlier request, before the run goes on."""
     (out_folder / STOP_NAME).unlink(missing_ok=True)
 
 

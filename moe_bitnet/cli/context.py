@@ -3,14 +3,17 @@
 import argparse
 from typing import Any
 
+import numpy as np
 import torch
 
+from cluster.training.batches import validation_batches
 from cluster.training.shards import load_tokens
 from kvcache import KVCacheConfig, QuantizedKVCache
 from kvcache.memory import max_tokens
 from moe_bitnet.checkpoint.native import load_model
 from moe_bitnet.cli.console import progress_bar, say
 from moe_bitnet.cli.run_folder import RunFolder
+from moe_bitnet.cli.threads import single_thread
 from moe_bitnet.errors import CacheFullError, DataError
 from moe_bitnet.evaluation import perplexity, token_losses
 from moe_bitnet.files import write_json_atomically
@@ -35,6 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return context_run(RunFolder(args.run), parse_memory(args.memory), args.layout)
 
 
+@single_thread()
 def context_run(run_folder: RunFolder, budget_bytes: int, layout: Layout) -> dict[str, Any]:
     """Fill a cache of each format with validation text until it is full."""
     model = load_model(run_folder.require_checkpoint(run_folder.packed(layout), "pack"))
@@ -66,7 +70,7 @@ def _measure(
 ) -> dict[str, Any]:
     num_tokens = max_tokens(cache_config, budget_bytes)
     seq_len = model.config.max_seq_len
-    num_needed = max(num_tokens + 2, NUM_COMMON_WINDOWS * seq_len + 1)
+    num_needed = max(num_tokens + 1, NUM_COMMON_WINDOWS * seq_len + 1)
     if len(tokens) < num_needed:
         raise DataError(
             f"context: the validation text has {len(tokens)} tokens, {num_needed} are needed to fill "
@@ -75,8 +79,9 @@ def _measure(
         )
     cache = QuantizedKVCache(cache_config, budget_bytes)
     windows = []
-    for start in range(0, NUM_COMMON_WINDOWS * seq_len, seq_len):
-        windows.append(token_losses(model, tokens[start : start + seq_len + 1], cache))
+    for inputs, targets in validation_batches(tokens.numpy(), 1, seq_len, NUM_COMMON_WINDOWS):
+        window = torch.from_numpy(np.append(inputs[0], targets[0, -1]))
+        windows.append(token_losses(model, window, cache))
         cache.free()
     with progress_bar(f"{name} cache", num_tokens) as bar:
         losses = token_losses(

@@ -1,6 +1,7 @@
 """``moe-bitnet generate``: text from models with their experts on Ray hosts, every byte between devices counted."""
 
 import argparse
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from moe_bitnet.checkpoint.native import load_model
 from moe_bitnet.cli.console import progress_bar, say
 from moe_bitnet.cli.place import Plan, spread_plan, started_hosts, ternary_plan, twin_plan
 from moe_bitnet.cli.run_folder import RunFolder
+from moe_bitnet.cli.threads import single_thread
 from moe_bitnet.errors import ConfigError
 from moe_bitnet.files import write_json_atomically
 from moe_bitnet.generation import generate
@@ -78,27 +80,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return generate_run(run_folder, tokenizer, args.prompt, request, config)
 
 
+@single_thread()
 def generate_run(
     run_folder: RunFolder, tokenizer: Tokenizer, prompt: str, request: Request, config: ClusterConfig
 ) -> dict[str, Any]:
     """Generate on the hosts of each placement and compare with one process; needs a connected Ray."""
     plan, layout = ternary_plan(run_folder), check_layout(str(run_folder.read_json("place")["layout"]))
     packed = run_folder.require_checkpoint(run_folder.packed(layout), "pack")
-    int8 = ClusterConfig(address=config.address, request_timeout_s=config.request_timeout_s)
-    text_ids, run = _run_on_hosts("ternary", packed, plan, request, int8)
+    text_ids, run = _run_on_hosts("ternary", packed, plan, request, config)
     runs = [run]
     if run_folder.twin.is_dir():
-        float16 = ClusterConfig(
-            address=config.address,
-            request_timeout_s=config.request_timeout_s,
-            dispatch="float16",
-            combine="float16",
-        )
         twin = twin_plan(run_folder)
-        runs.insert(0, _run_on_hosts("float16 twin", run_folder.twin, twin, request, float16)[1])
+        twin_config = dataclasses.replace(config, dispatch="float16", combine="float16")
+        runs.insert(0, _run_on_hosts("float16 twin", run_folder.twin, twin, request, twin_config)[1])
         if twin.placement.num_devices > plan.placement.num_devices:
+            # on as many devices as the twin and with its way back, so that int8 dispatch is all that differs
             spread = spread_plan(plan, twin.placement.num_devices)
-            runs.append(_run_on_hosts("ternary, spread", packed, spread, request, int8)[1])
+            spread_config = dataclasses.replace(config, combine="float16")
+            runs.append(_run_on_hosts("ternary, spread", packed, spread, request, spread_config)[1])
     result = {
         "prompt": prompt,
         "text": tokenizer.decode(text_ids),

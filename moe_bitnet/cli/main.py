@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=module.HELP, description=f"{module.__doc__}")
+        subparser = subparsers.add_parser(name, help=module.HELP, description=f"{module.__doc__}".replace("``", ""))
         subparser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
         if name != "inspect":
             subparser.add_argument(

@@ -68,11 +68,19 @@ def test_a_memory_map_will_do(tmp_path):
     np.testing.assert_array_equal(batch_at(mapped, 1, 2, 7)[0], batch_at(TOKENS, 1, 2, 7)[0])
 
 
-def test_validation_takes_the_first_windows_in_order():
+def test_validation_spreads_its_windows_over_the_text():
     batches = list(validation_batches(TOKENS, batch_size=4, seq_len=7, max_windows=9))
     assert [len(inputs) for inputs, _ in batches] == [4, 4, 1]
-    np.testing.assert_array_equal(np.concatenate([inputs.ravel() for inputs, _ in batches]), TOKENS[: 9 * 7])
-    np.testing.assert_array_equal(np.concatenate([targets.ravel() for _, targets in batches]), TOKENS[1 : 9 * 7 + 1])
+    # 33 windows, 9 of them: every 3.67th
+    windows = np.array([0, 3, 7, 11, 14, 18, 22, 25, 29])
+    inputs = np.concatenate([inputs for inputs, _ in batches])
+    np.testing.assert_array_equal(inputs, 1 + 7 * windows[:, None] + np.arange(7))
+    np.testing.assert_array_equal(np.concatenate([targets for _, targets in batches]), inputs + 1)
+
+
+def test_validation_without_a_limit_takes_all_windows_in_order():
+    inputs = np.concatenate([inputs for inputs, _ in validation_batches(TOKENS, 4, 7)])
+    np.testing.assert_array_equal(inputs.ravel(), TOKENS[: 33 * 7])
     assert sum(len(inputs) for inputs, _ in validation_batches(TOKENS, 4, 7)) == 33
     assert sum(len(inputs) for inputs, _ in validation_batches(TOKENS, 4, 7, max_windows=1000)) == 33
 

@@ -61,6 +61,10 @@ def connect(config: ClusterConfig | None = None) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # a local Ray's default of 15 starves hosts and training beside any other process
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    # says at every start that authentication is on, which is what we want
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     if config.address is None:
         ray.init(
             address="local",

@@ -81,7 +81,7 @@ class TrainConfig:
     adam_beta2: float = 0.95
     weight_decay: float = 0.1
     gradient_clipping: float = 1.0
-    load_balance_weight: float = 0.01
+    load_balance_weight: float = 0.02
     router_z_weight: float = 0.001
     seed: int = 0
     compute_dtype: ComputeDtype = "bfloat16"

@@ -39,10 +39,8 @@ _RAY_FOLDER = "ray"
 _STOP_TIMEOUT_S = 180.0
 _DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a finished worker is noticed after that, not after 2 s
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor less to start; a lost host is noticed all the same
-    "RAY_worker_niceness": "0",  # a local Ray's default of 15 starves training beside any other process
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; silences its warning
 }
 # Freed tensors stay mapped: without these, glibc returns large ones to the kernel and each new one

@@ -14,7 +14,6 @@ from typing import Any, get_args
 
 from cluster.config import ClusterConfig
 from cluster.topology import logical_devices
-from cluster.training.config import TrainConfig
 from moe_bitnet.cli import context, data, generate, pack, place, report, train
 from moe_bitnet.cli.console import console, say
 from moe_bitnet.cli.machine import describe_machine
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             with clock.step(f"train {precision}"):
                 train.train_run(
                     preset.model_config(tokenizer.vocab_size, precision),
-                    _train_config(run_folder, precision, args),
+                    train.preset_train_config(run_folder, preset, precision, is_compiled=not args.no_compile),
                     cluster_config,
                 )
         with clock.step("pack"):
@@ -110,16 +109,3 @@ def _build_data_once(run_folder: RunFolder, args: argparse.Namespace, vocab_size
             return
     max_bytes = None if args.max_mb is None else int(args.max_mb * 1e6)
     data.build_data(run_folder, args.data, vocab_size, max_bytes=max_bytes)
-
-
-def _train_config(run_folder: RunFolder, precision: Precision, args: argparse.Namespace) -> TrainConfig:
-    preset = PRESETS[args.size]
-    return TrainConfig(
-        data_folder=run_folder.data,
-        out_folder=run_folder.training(precision),
-        num_steps=preset.num_steps,
-        batch_size=preset.batch_size,
-        seq_len=preset.seq_len,
-        warmup_steps=preset.warmup_steps,
-        is_compiled=not args.no_compile,
-    )

@@ -17,6 +17,7 @@ class Preset:
         batch_size: sequences a step.
         seq_len: tokens a sequence.
         warmup_steps: steps of rising learning rate.
+        peak_learning_rates: by precision; each has its own best.
     """
 
     shape: dict[str, Any]
@@ -25,6 +26,7 @@ class Preset:
     batch_size: int
     seq_len: int
     warmup_steps: int
+    peak_learning_rates: dict[Precision, float]
 
     def model_config(self, vocab_size: int, precision: Precision) -> ModelConfig:
         """Return the shape with a tokenizer's vocabulary and a precision."""
@@ -46,13 +48,34 @@ def _shape(hidden_size: int, intermediate_size: int, num_layers: int, num_heads:
 
 PRESETS = {
     # for tests: seconds, learns next to nothing
-    "tiny": Preset(_shape(32, 32, 2, 2, 16), vocab_size=512, num_steps=20, batch_size=2, seq_len=64, warmup_steps=4),
-    # for the demo: some minutes on two cores; 8 million parameters, 3 million active
-    "demo": Preset(
-        _shape(192, 384, 4, 4, 64), vocab_size=4096, num_steps=300, batch_size=8, seq_len=512, warmup_steps=30
+    "tiny": Preset(
+        _shape(32, 32, 2, 2, 16),
+        vocab_size=512,
+        num_steps=20,
+        batch_size=2,
+        seq_len=64,
+        warmup_steps=4,
+        peak_learning_rates={"ternary": 8e-3, "float": 4e-3},
     ),
-    # an hour or more on two cores; 22 million parameters, 8 million active
+    # for the demo: some minutes on two cores; 8 million parameters, 3 million active.
+    # The rates are the best of a sweep at this very length (docs/experiments.md).
+    "demo": Preset(
+        _shape(192, 384, 4, 4, 64),
+        vocab_size=4096,
+        num_steps=600,
+        batch_size=8,
+        seq_len=256,
+        warmup_steps=30,
+        peak_learning_rates={"ternary": 4e-3, "float": 2e-3},
+    ),
+    # an hour or more on two cores; 22 million parameters, 8 million active; rates not swept
     "small": Preset(
-        _shape(256, 512, 6, 4, 64), vocab_size=8192, num_steps=4000, batch_size=8, seq_len=512, warmup_steps=200
+        _shape(256, 512, 6, 4, 64),
+        vocab_size=8192,
+        num_steps=4000,
+        batch_size=8,
+        seq_len=512,
+        warmup_steps=200,
+        peak_learning_rates={"ternary": 4e-3, "float": 2e-3},
     ),
 }

@@ -8,10 +8,9 @@ from typing import Any, get_args
 from cluster.config import ClusterConfig
 from cluster.training.config import TrainConfig
 from moe_bitnet.cli.console import ProgressBar, progress_bar, say
-from moe_bitnet.cli.presets import PRESETS
+from moe_bitnet.cli.presets import PRESETS, Preset
 from moe_bitnet.cli.run_folder import RunFolder
 from moe_bitnet.config import ModelConfig, Precision
-from moe_bitnet.errors import ConfigError
 from moe_bitnet.tokenizer import Tokenizer
 
 HELP = "train the ternary model or its float twin; run again to go on after an interruption"
@@ -25,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the preset's)")
     parser.add_argument("--batch-size", type=int, help="sequences a step (default: the preset's)")
     parser.add_argument("--seq-len", type=int, help="tokens a sequence (default: the preset's)")
-    parser.add_argument("--learning-rate", type=float, help="peak (default: by precision)")
+    parser.add_argument("--learning-rate", type=float, help="peak (default: the preset's for the precision)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-workers", type=int, default=1, help="data-parallel workers (default: 1)")
     parser.add_argument("--address", help="host:port of a running Ray cluster (default: start Ray here)")
@@ -40,25 +39,36 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model_config = preset.model_config(vocab_size, args.precision)
     if args.config:
         model_config = ModelConfig.from_json(args.config).replace(precision=args.precision)
-        if model_config.vocab_size < vocab_size:
-            raise ConfigError(
-                f"{args.config}: vocab_size is {model_config.vocab_size}, the run's tokenizer has {vocab_size} tokens. "
-                f"Set vocab_size to at least {vocab_size}."
-            )
-    seq_len = args.seq_len or preset.seq_len
-    train_config = TrainConfig(
-        data_folder=run_folder.data,
-        out_folder=run_folder.training(args.precision),
-        num_steps=args.steps if args.steps is not None else preset.num_steps,
-        batch_size=args.batch_size if args.batch_size is not None else preset.batch_size,
-        seq_len=seq_len,
-        peak_learning_rate=args.learning_rate,
-        warmup_steps=preset.warmup_steps,
-        seed=args.seed,
-        num_workers=args.num_workers,
-        is_compiled=not args.no_compile,
-    )
-    return train_run(model_config.replace(max_seq_len=seq_len), train_config, ClusterConfig(address=args.address))
+    changes = {
+        "num_steps": args.steps,
+        "batch_size": args.batch_size,
+        "seq_len": args.seq_len,
+        "peak_learning_rate": args.learning_rate,
+        "seed": args.seed,
+        "num_workers": args.num_workers,
+        "is_compiled": not args.no_compile,
+    }
+    given = {name: value for name, value in changes.items() if value is not None}
+    if args.steps is not None:
+        given["warmup_steps"] = None  # a share of the steps
+    train_config = preset_train_config(run_folder, preset, args.precision, **given)
+    if not args.config:
+        model_config = model_config.replace(max_seq_len=train_config.seq_len)
+    return train_run(model_config, train_config, ClusterConfig(address=args.address))
+
+
+def preset_train_config(run_folder: RunFolder, preset: Preset, precision: Precision, **changes: Any) -> TrainConfig:
+    """Return a preset's settings for one precision, with ``changes``."""
+    settings: dict[str, Any] = {
+        "data_folder": run_folder.data,
+        "out_folder": run_folder.training(precision),
+        "num_steps": preset.num_steps,
+        "batch_size": preset.batch_size,
+        "seq_len": preset.seq_len,
+        "warmup_steps": preset.warmup_steps,
+        "peak_learning_rate": preset.peak_learning_rates[precision],
+    }
+    return TrainConfig(**{**settings, **changes})
 
 
 def train_run(

@@ -4,22 +4,9 @@ Sizes are bytes, times seconds, losses nats per token. Read by :mod:`record`.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-
-@dataclass(frozen=True)
-class DataSection:
-    """``data/summary.json``: the text and its tokenizer."""
-
-    source: str
-    num_train_documents: int
-    num_validation_documents: int
-    train_bytes: int
-    validation_bytes: int
-    num_train_tokens: int
-    num_validation_tokens: int
-    vocab_size: int
-    bytes_per_token: float
+from cluster.training.shards import ShardSummary
+from cluster.training.summary import TrainingSummary
 
 
 @dataclass(frozen=True)
@@ -46,27 +33,6 @@ class EvaluationPoint:
     validation_loss: float
     validation_ppl: float
     elapsed_s: float
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """``summary.json`` of one model; ``expert_load[layer][expert]`` is a share of that layer's tokens."""
-
-    precision: str
-    num_parameters: int
-    num_active_parameters: int
-    num_expert_parameters: int
-    num_steps: int
-    num_tokens: int
-    train_s: float
-    tokens_per_s: float
-    peak_learning_rate: float
-    validation_loss: float
-    validation_ppl: float
-    validation_bits_per_byte: float
-    expert_load: tuple[tuple[float, ...], ...]
-    is_compiled: bool
-    config: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -202,7 +168,7 @@ class Results:
     """All sections of a run; one that is ``None`` belongs to a step that was not run."""
 
     name: str
-    data: DataSection | None = None
+    data: ShardSummary | None = None
     ternary: TrainingSection | None = None
     twin: TrainingSection | None = None
     pack: PackSection | None = None

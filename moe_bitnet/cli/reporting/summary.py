@@ -4,12 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cluster.training.shards import ShardSummary
+from cluster.training.summary import TrainingSummary
 from moe_bitnet.cli.reporting.comparison import comparison_rows
 from moe_bitnet.cli.reporting.metrics import headline_metrics
 from moe_bitnet.cli.reporting.record import parse_record, read_lines, read_record, to_strict_json
 from moe_bitnet.cli.reporting.sections import (
     ContextSection,
-    DataSection,
     EvaluationPoint,
     GenerateSection,
     MachineSection,
@@ -18,7 +19,6 @@ from moe_bitnet.cli.reporting.sections import (
     Results,
     TrainingPoint,
     TrainingSection,
-    TrainingSummary,
 )
 from moe_bitnet.errors import DataError
 
@@ -47,7 +47,7 @@ def load_results(run_folder: Path) -> Results:
         raise DataError(f"{run_folder} is not a folder. Pass the run folder that `moe-bitnet demo` has written.")
     return Results(
         name=run_folder.resolve().name,
-        data=read_record(DataSection, run_folder / "data" / "summary.json"),
+        data=read_record(ShardSummary, run_folder / "data" / "summary.json"),
         ternary=_load_training(run_folder / "ternary"),
         twin=_load_training(run_folder / "float"),
         pack=read_record(PackSection, run_folder / "pack.json"),

@@ -24,7 +24,7 @@ from moe_bitnet.units import format_bytes, parse_memory
 HELP = "fill FP16, 8-bit and 4-bit key/value caches of one size with text; tokens held and PPL"
 DEFAULT_BUDGET = "4MB"
 FORMATS = {"fp16": 16, "8-bit": 8, "4-bit": 4}
-NUM_COMMON_WINDOWS = 8
+NUM_COMMON_WINDOWS = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             pack.pack_run(run_folder, None)
         with clock.step("place"):
             place.place_run(run_folder, logical_devices(place.DEFAULT_DEVICES, device_memory), "2bit")
+            place.try_hosts(run_folder, "2bit", cluster_config)
         with clock.step("generate"):
             request = generate.Request(
                 tokenizer.encode(generate.DEFAULT_PROMPT), max_new_tokens=48, temperature=0.0, seed=0, kv_bits=16

@@ -13,7 +13,7 @@ from cluster.placement.placement import Placement
 from cluster.placement.problem import PlacementProblem
 from cluster.placement.solver import solve_placement, solve_spread
 from cluster.topology import Topology, logical_devices
-from moe_bitnet.checkpoint.native import read_info
+from moe_bitnet.checkpoint.native import load_model, read_info
 from moe_bitnet.checkpoint.sizes import model_sizes
 from moe_bitnet.cli.console import progress_bar, say
 from moe_bitnet.cli.run_folder import RunFolder
@@ -71,14 +71,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     result = place_run(run_folder, topology, args.layout, args.placement)
     if not args.no_start:
-        from cluster.runtime import connect
-        from moe_bitnet.checkpoint.native import load_model
+        from cluster.runtime import connect  # imports Ray, which planning does without
 
-        plan = ternary_plan(run_folder)
         config = ClusterConfig(address=args.address)
-        with connect(config), started_hosts(load_model(run_folder.packed(args.layout)), plan, config):
-            say("all hosts hold their experts; they stop now ('moe-bitnet generate' starts them again)")
+        with connect(config):
+            try_hosts(run_folder, args.layout, config)
     return result
+
+
+def try_hosts(run_folder: RunFolder, layout: Layout, config: ClusterConfig) -> None:
+    """Start the ternary model's hosts once, to see that they hold their experts; needs a connected Ray."""
+    with started_hosts(load_model(run_folder.packed(layout)), ternary_plan(run_folder), config):
+        say("all hosts hold their experts; they stop now, and generating starts them again")
 
 
 def place_run(

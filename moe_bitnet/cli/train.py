@@ -81,7 +81,9 @@ def train_run(
         f"training {model_config.precision} in {train_config.out_folder}; the first step waits for Ray and the compiler"
     )
     with progress_bar(f"train {model_config.precision}", train_config.num_steps) as bar:
-        return train(model_config, train_config, cluster_config, on_progress=_show(bar))
+        summary = train(model_config, train_config, cluster_config, on_progress=_show(bar))
+        bar.update(train_config.num_steps, f"validation {summary['validation_loss']:.3f}")
+    return summary
 
 
 def _show(bar: ProgressBar) -> Callable[[dict[str, Any]], None]:

@@ -71,7 +71,7 @@ def draw_loss(axes: Axes, results: Results, palette: Palette) -> None:
     for section, name, color, style in models:
         if section is None:
             continue
-        losses = [(point.step, point.loss) for point in section.points]
+        losses = _mean_over_neighbours([(point.step, point.loss) for point in section.points])
         validation = [(point.step, point.validation_loss) for point in section.evaluations]
         axes.plot(*_columns(losses), color=color, linewidth=1.1, alpha=0.45)
         axes.plot(
@@ -87,7 +87,7 @@ def draw_loss(axes: Axes, results: Results, palette: Palette) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     axes.set_xlabel("training step", color=palette.muted, fontsize="small")
-    _note(axes, "loss (nats/token): line with dots validation, faint line training", palette)
+    _note(axes, "loss (nats/token): line with dots validation, faint line training, smoothed", palette)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, labelcolor=palette.ink, loc="upper right")
 
@@ -280,6 +280,17 @@ def _label_cells(axis: object, num_cells: int) -> None:
     step = max(1, math.ceil(num_cells / 16))
     cells = range(0, num_cells, step)
     axis.set_ticks([cell + 0.5 for cell in cells], labels=[str(cell) for cell in cells])  # type: ignore[attr-defined]
+
+
+def _mean_over_neighbours(pairs: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Average each value with those before it, over a fiftieth of the run, so that batches' noise hides no trend."""
+    width = max(1, len(pairs) // 50)
+    values = [value for _, value in pairs]
+    smooth = []
+    for index, (step, _) in enumerate(pairs):
+        window = values[max(0, index - width + 1) : index + 1]
+        smooth.append((step, sum(window) / len(window)))
+    return smooth
 
 
 def _columns(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:

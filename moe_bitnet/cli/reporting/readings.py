@@ -21,7 +21,7 @@ from moe_bitnet.cli.reporting.units import (
 COUNTS = {
     "loss": (
         "Mean cross-entropy of the next token in nats. Validation text is held out of training. The twin has "
-        "the same shape, norms, data, seed and steps, with float weights and a peak learning rate of its own."
+        "the same shape, norms, data, seed and steps, with float weights and a peak learning rate of its own. One seed."
     ),
     "sizes": (
         "Bytes of the file as it lies on disk, embeddings, norms and scales included; “expert weights” are the "
@@ -34,7 +34,8 @@ COUNTS = {
     "traffic": (
         "Bytes that leave one device for another, divided by the tokens passed through the model: activations out "
         "(dispatch), expert outputs back (combine), routing metadata and frame headers. Bytes within a device count 0. "
-        "The diamond is what the formula predicts from the shapes; labels read dispatch → combine format."
+        "The diamond is what the formula predicts, without headers and for uniform routing; labels read "
+        "dispatch → combine format."
     ),
     "context": (
         "Tokens whose keys and values fit into the budget, really allocated and filled. PPL in the figure is over the "
@@ -210,7 +211,7 @@ def _context_reading(results: Results) -> str:
     multiple = format_ratio(divide(best.num_tokens, fp16.num_tokens))
     change = format_change(divide(best.ppl_common, fp16.ppl_common))
     return (
-        f"Within {budget} the {best.format} cache holds {multiple} the tokens of FP16; on the same first "
+        f"Within {budget} the {best.format} cache holds {multiple} the tokens of FP16; on the same "
         f"{format_count(context.common_num_tokens)} tokens its perplexity changes by {change}."
     )
 

@@ -110,9 +110,9 @@ def context_table(results: Results) -> Markup:
         for entry in context.formats
     ]
     note = (
-        f"Model: {context.model}. “PPL” is over the same first {format_count(context.common_num_tokens)} tokens; “PPL, "
-        f"all” over all tokens held, and there it also shows that the model was trained on "
-        f"{format_count(context.trained_seq_len)} tokens at a time, not on longer ones."
+        f"Model: {context.model}. “PPL” is over the same {format_count(context.common_num_tokens)} tokens, in "
+        f"windows of the trained length; “PPL, all” over all tokens held, and there it also shows that the model "
+        f"was trained on {format_count(context.trained_seq_len)} tokens at a time, not on longer ones."
     )
     header = ["cache", "tokens", "ratio", "a token", "PPL", "PPL, all"]
     return join(table(header, rows), element("p", note, class_="aside"))

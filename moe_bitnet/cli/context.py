@@ -24,7 +24,7 @@ from moe_bitnet.units import format_bytes, parse_memory
 HELP = "fill FP16, 8-bit and 4-bit key/value caches of one size with text; tokens held and PPL"
 DEFAULT_BUDGET = "4MB"
 FORMATS = {"fp16": 16, "8-bit": 8, "4-bit": 4}
-NUM_COMMON_WINDOWS = 24
+MAX_COMMON_WINDOWS = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +44,10 @@ def context_run(run_folder: RunFolder, budget_bytes: int, layout: Layout) -> dic
     model = load_model(run_folder.require_checkpoint(run_folder.packed(layout), "pack"))
     tokens = torch.from_numpy(load_tokens(run_folder.data, "validation").astype("int64"))
     config = model.config
+    windows = [
+        torch.from_numpy(np.append(inputs[0], targets[0, -1]))
+        for inputs, targets in validation_batches(tokens.numpy(), 1, config.max_seq_len, MAX_COMMON_WINDOWS)
+    ]
     formats = [
         _measure(
             name,
@@ -51,6 +55,7 @@ def context_run(run_folder: RunFolder, budget_bytes: int, layout: Layout) -> dic
             budget_bytes,
             model,
             tokens,
+            windows,
         )
         for name, bits in FORMATS.items()
     ]
@@ -58,7 +63,7 @@ def context_run(run_folder: RunFolder, budget_bytes: int, layout: Layout) -> dic
         "budget_bytes": budget_bytes,
         "model": f"ternary {layout}, {config.num_layers} layers, {config.num_kv_heads} KV heads of {config.head_dim}",
         "trained_seq_len": config.max_seq_len,
-        "common_num_tokens": NUM_COMMON_WINDOWS * config.max_seq_len,
+        "common_num_tokens": len(windows) * config.max_seq_len,
         "formats": formats,
     }
     write_json_atomically(run_folder.json_file("context"), result)
@@ -66,22 +71,24 @@ def context_run(run_folder: RunFolder, budget_bytes: int, layout: Layout) -> dic
 
 
 def _measure(
-    name: str, cache_config: KVCacheConfig, budget_bytes: int, model: MoETransformer, tokens: torch.Tensor
+    name: str,
+    cache_config: KVCacheConfig,
+    budget_bytes: int,
+    model: MoETransformer,
+    tokens: torch.Tensor,
+    windows: list[torch.Tensor],
 ) -> dict[str, Any]:
+    """Score the windows, the same for all formats, then fill the cache to its last token."""
     num_tokens = max_tokens(cache_config, budget_bytes)
-    seq_len = model.config.max_seq_len
-    num_needed = max(num_tokens + 1, NUM_COMMON_WINDOWS * seq_len + 1)
-    if len(tokens) < num_needed:
+    if len(tokens) < num_tokens + 1:
         raise DataError(
-            f"context: the validation text has {len(tokens)} tokens, {num_needed} are needed to fill "
-            f"{format_bytes(budget_bytes)}. "
-            f"Give a smaller --memory, or build data from more text."
+            f"context: the validation text has {len(tokens)} tokens, {num_tokens + 1} are needed to fill "
+            f"{format_bytes(budget_bytes)}. Give a smaller --memory, or build data from more text."
         )
     cache = QuantizedKVCache(cache_config, budget_bytes)
-    windows = []
-    for inputs, targets in validation_batches(tokens.numpy(), 1, seq_len, NUM_COMMON_WINDOWS):
-        window = torch.from_numpy(np.append(inputs[0], targets[0, -1]))
-        windows.append(token_losses(model, window, cache))
+    window_losses = []
+    for window in windows:
+        window_losses.append(token_losses(model, window, cache))
         cache.free()
     with progress_bar(f"{name} cache", num_tokens) as bar:
         losses = token_losses(
@@ -95,7 +102,7 @@ def _measure(
         "num_tokens": num_tokens,
         "allocated_bytes": cache.allocated_bytes,
         "bytes_per_token": cache.allocated_bytes / num_tokens,
-        "ppl_common": perplexity(torch.cat(windows)),
+        "ppl_common": perplexity(torch.cat(window_losses)),
         "ppl_all": perplexity(losses),
     }
     budget, ppl = format_bytes(budget_bytes), result["ppl_common"]

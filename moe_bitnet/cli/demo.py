@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             place.try_hosts(run_folder, "2bit", cluster_config)
         with clock.step("generate"):
             request = generate.Request(
-                tokenizer.encode(generate.DEFAULT_PROMPT), max_new_tokens=48, temperature=0.0, seed=0, kv_bits=16
+                tokenizer.encode(generate.DEFAULT_PROMPT), max_new_tokens=48, temperature=0.8, seed=0, kv_bits=16
             )
             generate.generate_run(run_folder, tokenizer, generate.DEFAULT_PROMPT, request, cluster_config)
     with clock.step("context"):

@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find moe_bitnet kvcache cluster -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml
 CPP_FILES := $(shell find moe_bitnet kvcache cluster -name '*.cpp' -o -name '*.h')
 
+.DELETE_ON_ERROR:
 .PHONY: help demo install test test-all check format clean
 
 help:  ## list the commands

@@ -71,8 +71,11 @@ class RayHostClient:
         return lambda: self._wait(held)
 
     def kill(self) -> None:
-        """End the actor's process at once."""
-        ray.kill(self._actor)
+        """End the actor's process at once; one that cannot be reached any more is logged, not raised."""
+        try:
+            ray.kill(self._actor)
+        except (ray.exceptions.RayError, ValueError, RuntimeError) as error:
+            logger.warning("host %s could not be ended: %s", self._device_name, error)
 
     def _wait(self, reference: Any) -> Any:
         try:

@@ -7,9 +7,11 @@ Ray that they started, behind.
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,19 +62,23 @@ def connect(config: ClusterConfig | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    on_terminate = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # a local Ray's default of 15 starves hosts and training beside any other process
     os.environ.setdefault("RAY_worker_niceness", "0")
     # says at every start that authentication is on, which is what we want
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     if config.address is None:
-        ray.init(
-            address="local",
-            num_cpus=config.num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=config.num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise ClusterError(f"Ray cannot be started here ({error}). Look at its logs below /tmp/ray.") from error
     else:
         _check_address(config.address, config.connect_timeout_s)
         try:
@@ -83,6 +89,9 @@ def connect(config: ClusterConfig | None = None) -> Iterator[None]:
                 f"Check that it is a Ray head of version {ray.__version__}, or leave the address out to start one here."
             ) from error
     try:
+        if threading.current_thread() is threading.main_thread():
+            # Ray puts its own handler in the place of the caller's, which ends the process without shutting down
+            signal.signal(signal.SIGTERM, on_terminate)
         yield
     finally:
         ray.shutdown()

@@ -119,6 +119,9 @@ class Topology:
         return cls.from_dict(read_json(path, "a topology file"), source=str(path))
 
 
+MAX_LOGICAL_DEVICES = 4096
+
+
 def logical_devices(count: int, memory_bytes: int) -> Topology:
     """Make ``count`` equal devices named ``device-0``, ``device-1`` and so on.
 
@@ -128,8 +131,8 @@ def logical_devices(count: int, memory_bytes: int) -> Topology:
     Raises:
         ConfigError: ``count`` or ``memory_bytes`` is below 1.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ConfigError(f"logical_devices: count is {count!r}; give an integer of at least 1.")
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_LOGICAL_DEVICES:
+        raise ConfigError(f"number of devices is {count!r}; give an integer from 1 to {MAX_LOGICAL_DEVICES}.")
     return Topology(tuple(Device(f"device-{index}", memory_bytes) for index in range(count)))
 
 

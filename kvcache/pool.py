@@ -7,7 +7,7 @@ The pool knows nothing of what the bytes mean.
 import torch
 from torch import Tensor
 
-from moe_bitnet.errors import CacheFullError
+from moe_bitnet.errors import CacheFullError, ConfigError
 
 
 class PagePool:
@@ -21,7 +21,12 @@ class PagePool:
     def __init__(self, page_bytes: int, budget_bytes: int) -> None:
         self.num_pages = budget_bytes // page_bytes
         # Written with zeros, so that the operating system commits the memory now and not page fault by page fault.
-        self._memory = torch.empty(self.num_pages, page_bytes, dtype=torch.uint8).zero_()
+        try:
+            self._memory = torch.empty(self.num_pages, page_bytes, dtype=torch.uint8).zero_()
+        except RuntimeError as error:  # what torch raises when memory is refused
+            raise ConfigError(
+                f"the cache's {self.num_pages * page_bytes} bytes cannot be allocated. Give a smaller budget."
+            ) from error
         self._free_ids = list(reversed(range(self.num_pages)))
         self._unsealed_ids: set[int] = set()
         self._sealed_ids: set[int] = set()

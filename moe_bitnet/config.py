@@ -18,7 +18,7 @@ Activation = Literal["swiglu", "squared_relu"]
 
 MAX_LAYERS = 10_000
 MAX_WEIGHTS = 2**48
-"""Beyond any model there is; keeps a damaged config from asking for more memory than exists."""
+"""Beyond any model there is; a damaged config is refused before its sizes overflow."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("ternary", "float"),
@@ -45,8 +45,8 @@ class ModelConfig:
         max_seq_len: tokens of the longest sequence seen in training.
         precision: ``"ternary"`` (BitNet b1.58) or ``"float"`` (the twin).
         norm_recipe: ``"sub_norm"`` (BitNet b1.58 2B4T: two pre-norms in a block, and a norm
-            before each output projection) or ``"inner_norm"`` (b1.58 FAQ: an RMSNorm inside every BitLinear,
-            no block norms).
+            before each output projection) or ``"inner_norm"`` (b1.58 FAQ: query, key and value
+            have a norm each). The norm before the experts is one for the layer in both (docs/decisions/0001).
         activation: ``"swiglu"`` or ``"squared_relu"`` (a gated linear unit with squared ReLU).
         rope_theta: base of the rotary embedding.
         norm_eps: added to the mean square in RMSNorm.
@@ -93,12 +93,14 @@ class ModelConfig:
                 f"ModelConfig: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}. "
                 f"Use a divisor of {self.num_heads}."
             )
-        num_expert_weights = self.num_layers * self.num_experts * self.expert_parameters
-        if self.num_layers > MAX_LAYERS or max(num_expert_weights, self.vocab_size * self.hidden_size) > MAX_WEIGHTS:
+        num_experts = self.num_experts + self.num_shared_experts
+        attention_width = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        layer_weights = num_experts * self.expert_parameters + (attention_width + self.num_experts) * self.hidden_size
+        num_weights = self.num_layers * layer_weights + 2 * self.vocab_size * self.hidden_size
+        if self.num_layers > MAX_LAYERS or num_weights > MAX_WEIGHTS:
             raise ConfigError(
-                f"ModelConfig: {self.num_layers} layers with {num_expert_weights} expert weights and an embedding of "
-                f"{self.vocab_size} x {self.hidden_size} are too many; allowed are {MAX_LAYERS} layers and "
-                f"{MAX_WEIGHTS} weights. Check the sizes."
+                f"ModelConfig: {self.num_layers} layers and {num_weights} weights are too many; allowed are "
+                f"{MAX_LAYERS} layers and {MAX_WEIGHTS} weights. Check the sizes."
             )
         if self.top_k > self.num_experts:
             raise ConfigError(

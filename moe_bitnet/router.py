@@ -60,7 +60,7 @@ def count_tokens_per_expert(expert_indices: Tensor, num_experts: int) -> Tensor:
 
 
 def load_balance_loss(routing: Routing) -> Tensor:
-    """Return the loss that is 1 for a uniform router and E for one that uses a single expert.
+    """Return the loss that is 1 for a uniform router and E / K for one that always takes the same K experts.
 
     ``E · Σ_e f_e · P_e`` with f_e the share of visits to expert e (no gradient) and
     P_e its mean probability.

@@ -21,7 +21,7 @@ def print_json(value: Any) -> None:
 
 def say(text: str) -> None:
     """Write one line to stderr; square brackets are taken literally."""
-    console.print(text, markup=False)
+    console.print(text, markup=False, emoji=False, soft_wrap=True)
 
 
 class ProgressBar:
@@ -47,10 +47,10 @@ class ProgressBar:
 def progress_bar(title: str, total: float) -> Iterator[ProgressBar]:
     """Show a progress bar while the block runs."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28),
         TaskProgressColumn(),
-        TextColumn("{task.fields[remark]}"),
+        TextColumn("{task.fields[remark]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

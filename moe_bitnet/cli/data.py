@@ -7,6 +7,7 @@ from typing import Any
 
 from cluster.training.corpus import collect_documents
 from cluster.training.shards import build_shards, read_summary, split_documents, train_tokenizer
+from moe_bitnet.cli import arguments
 from moe_bitnet.cli.console import progress_bar, say
 from moe_bitnet.cli.run_folder import RunFolder
 
@@ -26,14 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text-column", help="column of the Parquet files that holds the text")
     parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of the byte-level BPE (default: 4096)")
-    parser.add_argument("--max-mb", type=float, help="use at most this many MB of text, sampled evenly")
-    parser.add_argument("--seed", type=int, default=0, help="of the split into training and validation documents")
+    parser.add_argument("--max-mb", type=arguments.megabytes, help="use at most this many MB of text, sampled evenly")
+    parser.add_argument(
+        "--seed",
+        type=arguments.seed,
+        default=0,
+        help="of the split into training and validation documents (default: 0)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Build the shards; returns their summary."""
-    max_bytes = None if args.max_mb is None else int(args.max_mb * 1e6)
-    return build_data(RunFolder(args.run), args.data, args.vocab_size, args.text_column, max_bytes, args.seed)
+    return build_data(RunFolder(args.run), args.data, args.vocab_size, args.text_column, args.max_mb, args.seed)
 
 
 def build_data(

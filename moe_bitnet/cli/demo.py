@@ -1,8 +1,8 @@
 """``moe-bitnet demo``: the main job, end to end, at a small size.
 
-Each step is a subcommand of its own; this file only calls them one after the
-other and notes how long each took. Run it again after an interruption: data that
-is there is used again, and training goes on from its last checkpoint.
+Each step is a subcommand of its own. Run it again after an interruption: shards of
+the standard library that are there are used again, and training goes on from its
+last checkpoint.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from cluster.config import ClusterConfig
 from cluster.topology import logical_devices
-from moe_bitnet.cli import context, data, generate, pack, place, report, train
+from moe_bitnet.cli import arguments, context, data, generate, pack, place, report, train
 from moe_bitnet.cli.console import console, say
 from moe_bitnet.cli.machine import describe_machine
 from moe_bitnet.cli.presets import PRESETS
@@ -22,7 +22,6 @@ from moe_bitnet.cli.run_folder import RunFolder
 from moe_bitnet.config import Precision
 from moe_bitnet.errors import DataError
 from moe_bitnet.files import write_json_atomically
-from moe_bitnet.tokenizer import Tokenizer
 from moe_bitnet.units import parse_memory
 
 HELP = "the whole job at a small size: data, train, pack, place, generate, context, report"
@@ -34,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", nargs="+", type=Path, default=[], metavar="PATH", help="text (default: the standard library)"
     )
     parser.add_argument("--size", choices=sorted(PRESETS), default="demo", help="shape and length (default: demo)")
-    parser.add_argument("--max-mb", type=float, help="use at most this many MB of text")
+    parser.add_argument("--max-mb", type=arguments.megabytes, help="use at most this many MB of text")
     parser.add_argument("--device-memory", default=place.DEFAULT_DEVICE_MEMORY, help="of each logical device")
     parser.add_argument("--memory", default=context.DEFAULT_BUDGET, help="budget of each key/value cache")
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
@@ -48,7 +47,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device_memory, cache_memory = parse_memory(args.device_memory), parse_memory(args.memory)
     with clock.step("data"):
         _build_data_once(run_folder, args, preset.vocab_size)
-    tokenizer = Tokenizer.load(run_folder.tokenizer)
+    tokenizer = run_folder.load_tokenizer()
+    topology = logical_devices(place.DEFAULT_DEVICES, device_memory)
+    # found now rather than after the training
+    place.solve_both(preset.model_config(tokenizer.vocab_size, "ternary"), topology, "2bit")
     from cluster.runtime import connect  # imports Ray: only now, so that bad input is found before it starts
 
     with connect(cluster_config):
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         with clock.step("pack"):
             pack.pack_run(run_folder, None)
         with clock.step("place"):
-            place.place_run(run_folder, logical_devices(place.DEFAULT_DEVICES, device_memory), "2bit")
+            place.place_run(run_folder, topology, "2bit")
             place.try_hosts(run_folder, "2bit", cluster_config)
         with clock.step("generate"):
             request = generate.Request(
@@ -98,15 +100,14 @@ class StepClock:
 
 
 def _build_data_once(run_folder: RunFolder, args: argparse.Namespace, vocab_size: int) -> None:
-    """Build the shards, unless this run has them from the same source."""
-    if run_folder.data.is_dir() and not args.data:
+    """Build the shards, unless this run has those of the standard library with this vocabulary."""
+    if run_folder.data.is_dir() and not args.data and args.max_mb is None:
         try:
             summary = data.summarize(run_folder)
         except DataError as error:
             say(f"building the data anew: {error}")
         else:
-            tokens = summary["num_train_tokens"]
-            say(f"using {run_folder.data} as it is ({tokens} training tokens); delete it to build it anew")
-            return
-    max_bytes = None if args.max_mb is None else int(args.max_mb * 1e6)
-    data.build_data(run_folder, args.data, vocab_size, max_bytes=max_bytes)
+            if summary["source"].endswith("standard library") and summary["vocab_size"] == vocab_size:
+                say(f"using {run_folder.data} as it is ({summary['num_train_tokens']} training tokens)")
+                return
+    data.build_data(run_folder, args.data, vocab_size, max_bytes=args.max_mb)

@@ -13,15 +13,15 @@ from cluster.transport.meter import TrafficMeter
 from kvcache import KVCacheConfig, QuantizedKVCache
 from kvcache.memory import bytes_for_tokens
 from moe_bitnet.checkpoint.native import load_model
+from moe_bitnet.cli import arguments
 from moe_bitnet.cli.console import progress_bar, say
-from moe_bitnet.cli.place import Plan, spread_plan, started_hosts, ternary_plan, twin_plan
+from moe_bitnet.cli.place import Plan, placed_layout, spread_plan, started_hosts, ternary_plan, twin_plan
 from moe_bitnet.cli.run_folder import RunFolder
 from moe_bitnet.cli.threads import single_thread
 from moe_bitnet.errors import ConfigError
 from moe_bitnet.files import write_json_atomically
 from moe_bitnet.generation import generate
 from moe_bitnet.model import MoETransformer
-from moe_bitnet.packing import check_layout
 from moe_bitnet.tokenizer import Tokenizer
 
 HELP = "generate text with the experts on Ray hosts; count the bytes between devices for both models"
@@ -50,9 +50,9 @@ class Request:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens to add at most (default: 48)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the best token each time (default)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of the sampling (default: 0)")
     parser.add_argument(
         "--kv-bits", type=int, choices=(16, 8, 4), default=16, help="of the key/value cache (default: 16)"
     )
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Generate; returns the text and the traffic."""
     run_folder = RunFolder(args.run)
-    tokenizer = Tokenizer.load(run_folder.tokenizer)
+    tokenizer = run_folder.load_tokenizer()
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {args.max_new_tokens}; give at least 1.")
     prompt_ids = tokenizer.encode(args.prompt)
@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from cluster.runtime import connect  # imports Ray
 
     config = ClusterConfig(address=args.address)
+    placed_layout(run_folder)  # an error now is quicker than after Ray has started
     with connect(config):
         return generate_run(run_folder, tokenizer, args.prompt, request, config)
 
@@ -85,12 +86,14 @@ def generate_run(
     run_folder: RunFolder, tokenizer: Tokenizer, prompt: str, request: Request, config: ClusterConfig
 ) -> dict[str, Any]:
     """Generate on the hosts of each placement and compare with one process; needs a connected Ray."""
-    plan, layout = ternary_plan(run_folder), check_layout(str(run_folder.read_json("place")["layout"]))
+    plan, layout = ternary_plan(run_folder), placed_layout(run_folder)
     packed = run_folder.require_checkpoint(run_folder.packed(layout), "pack")
     text_ids, run = _run_on_hosts("ternary", packed, plan, request, config)
     runs = [run]
-    if run_folder.twin.is_dir():
-        twin = twin_plan(run_folder)
+    twin = twin_plan(run_folder)
+    if twin.problem.topology.num_devices > plan.problem.topology.num_devices:
+        say("the FP16 twin does not fit on the devices given; generating with the ternary model alone")
+    elif run_folder.twin.is_dir():
         twin_config = dataclasses.replace(config, dispatch="float16", combine="float16")
         runs.insert(0, _run_on_hosts("float16 twin", run_folder.twin, twin, request, twin_config)[1])
         if twin.placement.num_devices > plan.placement.num_devices:

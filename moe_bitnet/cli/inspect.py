@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from moe_bitnet.checkpoint.manifest import verify_manifest
-from moe_bitnet.checkpoint.native import TENSORS_NAME, read_info, read_tensors
+from moe_bitnet.checkpoint.native import TENSORS_NAME, load_model, read_info, read_tensors
 from moe_bitnet.checkpoint.sizes import folder_bytes
 from moe_bitnet.packing import unpack
 
@@ -21,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Verify the checkpoint; returns what it holds."""
-    verify_manifest(args.path)
+    load_model(args.path)  # verifies the files and that the tensors fit the config
     info = read_info(args.path)
     tensors = read_tensors(args.path / TENSORS_NAME)
     by_dtype: dict[str, int] = {}

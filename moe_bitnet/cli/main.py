@@ -4,7 +4,6 @@ Exit codes: 0 done, 2 an error the user can mend, 130 interrupted.
 """
 
 import argparse
-import errno
 import logging
 import signal
 import sys
@@ -43,16 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         handlers=[RichHandler(console=console, show_path=False, show_time=False)],
     )
     # a polite kill ends like Ctrl-C: files are whole, processes are stopped
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = COMMANDS[args.command].run(args)
     except MoEBitNetError as error:
         say(f"error: {error}")
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno is None:
             raise
-        say(f"error: {error}. Files that were complete stay as they were; free some space or choose another --run.")
+        say(f"error: {error}. What was complete stays as it was; check disk space, rights and the names of files.")
         return 2
     except KeyboardInterrupt:
         say("interrupted. What was finished is kept; run the same command to go on.")

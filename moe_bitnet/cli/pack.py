@@ -12,6 +12,8 @@ from moe_bitnet.checkpoint.pack import pack_model
 from moe_bitnet.checkpoint.sizes import folder_bytes, model_sizes
 from moe_bitnet.cli.console import say
 from moe_bitnet.cli.run_folder import RunFolder
+from moe_bitnet.config import ModelConfig
+from moe_bitnet.errors import CheckpointError, ConfigError
 from moe_bitnet.files import write_json_atomically
 from moe_bitnet.model import MoETransformer
 from moe_bitnet.packing import LAYOUTS, Layout
@@ -19,6 +21,8 @@ from moe_bitnet.units import format_bytes
 
 HELP = "pack a trained ternary model in 2 bits and in 1.6 bits a weight, and check its logits"
 NUM_CHECKED_TOKENS = 256
+MAX_RELATIVE_DIFFERENCE = 1e-5
+"""Of the logits, to the largest one: integers are equal, so float32 rounding is all that may differ."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +41,7 @@ def pack_run(run_folder: RunFolder, source: Path | None, layouts: tuple[Layout, 
     source = source or run_folder.require_checkpoint(run_folder.model("ternary"), "train")
     model = load_model(source)
     config = model.config
+    twin_bytes = _store_twin(run_folder, config) if config.is_ternary else None
     token_ids = _some_tokens(run_folder, config.vocab_size)
     with torch.inference_mode():
         expected = model(token_ids).logits
@@ -44,8 +49,13 @@ def pack_run(run_folder: RunFolder, source: Path | None, layouts: tuple[Layout, 
     for layout in layouts:
         packed = pack_model(model, layout)
         folder = run_folder.packed(layout)
+        differences.append(_largest_difference(packed, token_ids, expected))
+        if not differences[-1] <= MAX_RELATIVE_DIFFERENCE * float(expected.abs().max()):
+            raise CheckpointError(
+                f"{source}: packed as {layout}, its logits differ by {differences[-1]}, more than rounding; "
+                f"nothing was saved. Are its weights finite?"
+            )
         save_model(packed, folder)
-        differences.append(_largest_difference(load_model(folder), token_ids, expected))
         weights = 3 * config.hidden_size * config.intermediate_size
         sizes = model_sizes(config, layout)
         file_bytes = folder_bytes(folder)
@@ -62,7 +72,7 @@ def pack_run(run_folder: RunFolder, source: Path | None, layouts: tuple[Layout, 
     result = {
         "layouts": results,
         "fp16_expert_bytes": fp16_sizes.expert_bytes * fp16_sizes.num_experts,
-        "fp16_file_bytes": _store_twin(run_folder) or fp16_sizes.total_bytes,
+        "fp16_file_bytes": twin_bytes or fp16_sizes.total_bytes,
         "max_abs_logit_difference": max(differences),
         "max_abs_logit": float(expected.abs().max()),
     }
@@ -70,13 +80,19 @@ def pack_run(run_folder: RunFolder, source: Path | None, layouts: tuple[Layout, 
     return result
 
 
-def _store_twin(run_folder: RunFolder) -> int | None:
+def _store_twin(run_folder: RunFolder, config: ModelConfig) -> int | None:
     """Write the float twin in float16 and return its bytes on disk; ``None`` if the run has no twin."""
     source = run_folder.model("float")
     if not source.is_dir():
         say("the run has no float twin; its FP16 size is computed from the shape")
         return None
-    save_model(load_model(source), run_folder.twin, float_dtype=torch.float16)
+    twin = load_model(source)
+    if twin.config.replace(precision="ternary") != config:
+        raise ConfigError(
+            f"{source}: is no twin of the model to pack; their shapes differ. Pack a model of this run, "
+            f"or choose a --run of its own."
+        )
+    save_model(twin, run_folder.twin, float_dtype=torch.float16)
     say(f"stored the float twin in float16: {run_folder.twin}")
     return folder_bytes(run_folder.twin)
 

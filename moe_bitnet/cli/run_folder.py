@@ -4,9 +4,9 @@
 
     run/
     ├── data/            token shards, tokenizer.json, summary.json          (data)
-    ├── ternary/ float/  checkpoints/, metrics.jsonl, summary.json, model/   (train)
-    ├── packed-2bit/ packed-base3/ twin-float16/     pack.json               (pack)
-    ├── placement.json   place.json                                          (place)
+    ├── ternary/ float/  checkpoints/, metrics.jsonl, tensorboard/, summary.json, model/   (train)
+    ├── packed-2bit/ packed-base3/ twin-float16/, and pack.json              (pack)
+    ├── placement.json, and place.json for the report                        (place)
     ├── generate.json    context.json    machine.json
     └── report/          report.json, report.html, overview.png              (report)
 """
@@ -20,6 +20,7 @@ from moe_bitnet.config import Precision
 from moe_bitnet.errors import DataError
 from moe_bitnet.files import read_json
 from moe_bitnet.packing import Layout
+from moe_bitnet.tokenizer import Tokenizer
 
 DEFAULT_RUN = Path("runs/demo")
 
@@ -65,13 +66,13 @@ class RunFolder:
         """Return the file with the result of a step."""
         return self.path / f"{step}.json"
 
-    def read_json(self, step: str) -> dict[str, Any]:
-        """Read the result of a step.
+    def read_json(self, name: str, step: str) -> dict[str, Any]:
+        """Read ``<name>.json``, which a step wrote.
 
         Raises:
             DataError: the step was not run, or its file is damaged.
         """
-        path = self.json_file(step)
+        path = self.json_file(name)
         try:
             values = read_json(path)
         except FileNotFoundError as error:
@@ -81,6 +82,16 @@ class RunFolder:
         if not isinstance(values, dict):
             raise DataError(f"{path}: holds no JSON object. Run 'moe-bitnet {step}' again.")
         return values
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Load the tokenizer of the run's data.
+
+        Raises:
+            DataError: the run has no data, or its tokenizer is damaged.
+        """
+        if not self.tokenizer.is_file():
+            raise DataError(f"{self.data}: holds no token shards. Run 'moe-bitnet data --run {self.path}' first.")
+        return Tokenizer.load(self.tokenizer)
 
     def require_checkpoint(self, folder: Path, command: str) -> Path:
         """Return ``folder`` if it holds a checkpoint.

@@ -7,11 +7,11 @@ from typing import Any, get_args
 
 from cluster.config import ClusterConfig
 from cluster.training.config import TrainConfig
+from moe_bitnet.cli import arguments
 from moe_bitnet.cli.console import ProgressBar, progress_bar, say
 from moe_bitnet.cli.presets import PRESETS, Preset
 from moe_bitnet.cli.run_folder import RunFolder
 from moe_bitnet.config import ModelConfig, Precision
-from moe_bitnet.tokenizer import Tokenizer
 
 HELP = "train the ternary model or its float twin; run again to go on after an interruption"
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="sequences a step (default: the preset's)")
     parser.add_argument("--seq-len", type=int, help="tokens a sequence (default: the preset's)")
     parser.add_argument("--learning-rate", type=float, help="peak (default: the preset's for the precision)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of weights and batches (default: 0)")
     parser.add_argument("--num-workers", type=int, default=1, help="data-parallel workers (default: 1)")
     parser.add_argument("--address", help="host:port of a running Ray cluster (default: start Ray here)")
     parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train; returns the summary of the run."""
     preset = PRESETS[args.size]
     run_folder = RunFolder(args.run)
-    vocab_size = Tokenizer.load(run_folder.tokenizer).vocab_size
+    vocab_size = run_folder.load_tokenizer().vocab_size
     model_config = preset.model_config(vocab_size, args.precision)
     if args.config:
         model_config = ModelConfig.from_json(args.config).replace(precision=args.precision)

@@ -32,7 +32,7 @@ def test_logical_devices_are_equal_and_named_apart() -> None:
     assert [device.name for device in topology.devices] == ["device-0", "device-1", "device-2"]
     assert {device.usable_bytes for device in topology.devices} == {7}
     for count in (0, -1, True, 2.0):
-        with pytest.raises(ConfigError, match="count"):
+        with pytest.raises(ConfigError, match="number of devices"):
             logical_devices(count, 7)  # type: ignore[arg-type]
 
 

@@ -5,8 +5,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from moe_bitnet.checkpoint.native import save_model
 from moe_bitnet.cli.main import main
+from moe_bitnet.cli.presets import PRESETS
 from moe_bitnet.cli.run_folder import RunFolder
+from moe_bitnet.model import MoETransformer
 
 DEVICES = ["--devices", "6", "--device-memory", "110kB", "--no-start"]
 
@@ -108,6 +111,40 @@ def test_devices_too_small_for_one_expert_are_an_error(run, capsys):
     message = fails(capsys, "place", "--run", run.path, "--devices", 4, "--device-memory", "900B", "--no-start")
     assert "900 B" in message
     assert not run.json_file("place").exists()
+
+
+def test_a_twin_that_needs_more_devices_than_given_does_not_stop_the_ternary_model(run, capsys):
+    succeeds(capsys, "pack", "--run", run.path)
+    place = succeeds(capsys, "place", "--run", run.path, "--devices", 1, "--device-memory", "110kB", "--no-start")
+    assert place["ternary"]["num_devices"] == 1 < place["float16"]["num_devices"]
+
+
+def test_a_twin_of_another_shape_is_refused(run, tmp_path, capsys):
+    config = PRESETS["tiny"].model_config(600, "ternary")
+    save_model(MoETransformer(config), tmp_path / "other")
+    assert "shapes differ" in fails(capsys, "pack", "--run", run.path, "--model", tmp_path / "other")
+    assert not run.packed("2bit").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("data", "--max-mb=nan"), ("data", "--max-mb=inf"), ("generate", "--seed=-1"), ("train", f"--seed={2**70}")],
+)
+def test_option_values_out_of_range_are_named(option, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(list(option))
+    assert exit_.value.code == 2
+    assert option[1].partition("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [("--temperature", "nan"), ("--temperature", "inf"), ("--max-new-tokens", 10**14)])
+def test_impossible_generation_is_an_error(run, wrong, capsys):
+    fails(capsys, "generate", "--run", run.path, "--model", run.model("ternary"), *wrong)
+
+
+def test_generating_before_placing_names_the_step(run, capsys):
+    succeeds(capsys, "pack", "--run", run.path)
+    assert "moe-bitnet place" in fails(capsys, "generate", "--run", run.path)
 
 
 def test_too_few_devices_are_an_error(run, capsys):

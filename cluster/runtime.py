@@ -89,7 +89,7 @@ def connect(config: ClusterConfig | None = None) -> Iterator[None]:
                 f"Check that it is a Ray head of version {ray.__version__}, or leave the address out to start one here."
             ) from error
     try:
-        if threading.current_thread() is threading.main_thread():
+        if on_terminate is not None and threading.current_thread() is threading.main_thread():
             # Ray puts its own handler in the place of the caller's, which ends the process without shutting down
             signal.signal(signal.SIGTERM, on_terminate)
         yield

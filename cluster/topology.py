@@ -8,13 +8,12 @@ probed here: capacity is what the caller says, less what the caller reserves.
                  {"name": "b", "memory_bytes": 80000000000}]}
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_bitnet import files
 from moe_bitnet.errors import ConfigError
-from moe_bitnet.files import write_json_atomically
 from moe_bitnet.units import parse_memory
 
 
@@ -107,7 +106,7 @@ class Topology:
 
     def to_json(self, path: Path) -> None:
         """Write the topology to ``path``, whole or not at all."""
-        write_json_atomically(path, self.to_dict())
+        files.write_json_atomically(path, self.to_dict())
 
     @classmethod
     def from_json(cls, path: Path) -> "Topology":
@@ -146,8 +145,8 @@ def read_json(path: Path, wanted: str) -> Any:
         ConfigError: the file cannot be read or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return files.read_json(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON ({error}). Give {wanted}.") from error
 
 

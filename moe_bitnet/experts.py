@@ -123,10 +123,7 @@ class GroupedExperts(nn.Module):
         gate = self.multiply("gate", rows, expert_offsets)
         up = self.multiply("up", rows, expert_offsets)
         inner = rms_norm(gated_activation(gate, up, self.activation), self.norm_eps)
-        expert_of_row = torch.searchsorted(
-            expert_offsets[1:], torch.arange(inner.shape[0], device=inner.device), right=True
-        )
-        inner = inner * self.norm_weight[expert_of_row]
+        inner = inner * self.norm_weight[expert_of_rows(expert_offsets, inner.shape[0])]
         return self.multiply("down", self.prepare(inner), expert_offsets)
 
 
@@ -164,10 +161,8 @@ class TernaryExperts(FloatExperts):
         assert rows.activation_scale is not None
         weight_q, weight_scale = fake_quantize_weight(self.get_parameter(f"{projection}_weight"))
         sums = grouped_matmul(rows.rows, weight_q, expert_offsets)
-        expert_of_row = torch.searchsorted(
-            expert_offsets[1:], torch.arange(sums.shape[0], device=sums.device), right=True
-        )
-        return sums * (rows.activation_scale * weight_scale.view(-1, 1)[expert_of_row])
+        row_scale = weight_scale.view(-1, 1)[expert_of_rows(expert_offsets, sums.shape[0])]
+        return sums * (rows.activation_scale * row_scale)
 
 
 class PackedExperts(GroupedExperts):
@@ -229,6 +224,12 @@ def build_experts(config: ModelConfig, num_experts: int, layout: Layout | None =
     if layout is not None:
         return PackedExperts(config, num_experts, layout)
     return (TernaryExperts if config.is_ternary else FloatExperts)(config, num_experts)
+
+
+def expert_of_rows(expert_offsets: Tensor, num_rows: int) -> Tensor:
+    """Return the expert that owns each sorted row, int64 ``[num_rows]``, from ``expert_offsets`` ``[E + 1]``."""
+    rows = torch.arange(num_rows, device=expert_offsets.device)
+    return torch.searchsorted(expert_offsets[1:], rows, right=True)
 
 
 def grouped_matmul(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ A folder appears whole or not at all, so a killed writer leaves the one before.
 Nothing is pickled: a checkpoint of a stranger can be wrong, not run code.
 """
 
-import json
 import logging
 import re
 import shutil
@@ -31,7 +30,7 @@ from moe_bitnet.checkpoint.manifest import verify_manifest, write_manifest
 from moe_bitnet.checkpoint.native import load_model, read_info, read_tensors, write_model
 from moe_bitnet.config import ModelConfig
 from moe_bitnet.errors import CheckpointError, ConfigError
-from moe_bitnet.files import replace_directory, write_json_atomically
+from moe_bitnet.files import read_json, replace_directory, write_json_atomically
 from moe_bitnet.model import MoETransformer
 
 logger = logging.getLogger(__name__)
@@ -164,7 +163,7 @@ def read_checkpoint(folder: Path) -> ResumePoint:
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / _STATE_NAME
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}). Delete {folder} to use the one before.") from error
     if not isinstance(record, dict) or not {"state", "data_fingerprint", "train_config"} <= record.keys():

@@ -5,14 +5,13 @@ differs is ``ModelConfig.precision`` and, unless given, the peak learning rate.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from moe_bitnet.config import Precision
 from moe_bitnet.errors import ConfigError
-from moe_bitnet.files import write_json_atomically
+from moe_bitnet.files import read_json, write_json_atomically
 
 ComputeDtype = Literal["bfloat16", "float32"]
 
@@ -211,7 +210,7 @@ class TrainConfig:
             ConfigError: the file cannot be read, is not JSON, or holds values that are not allowed.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read as JSON ({error}). Give a file of training settings.") from error
         return cls.from_dict(values, source=str(path))

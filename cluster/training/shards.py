@@ -12,7 +12,6 @@ is told in :mod:`cluster.training.batches`.
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ import pyarrow.parquet
 
 from cluster.training.document import Document, content_hash, sample_documents
 from moe_bitnet.errors import ConfigError, DataError
-from moe_bitnet.files import replace_directory, write_json_atomically
+from moe_bitnet.files import read_json, replace_directory, write_json_atomically
 from moe_bitnet.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -279,7 +278,7 @@ def read_summary(folder: Path) -> ShardSummary:
     """
     path = folder / _SUMMARY
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
     except OSError as error:
         raise DataError(f"{folder} holds no {_SUMMARY} ({error.strerror}). Pass a folder of shards.") from error
     except ValueError as error:

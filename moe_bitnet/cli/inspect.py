@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from moe_bitnet.checkpoint.native import TENSORS_NAME, load_model, read_info, read_tensors
+from moe_bitnet.checkpoint.native import load_model
+from moe_bitnet.checkpoint.pack import model_layout
 from moe_bitnet.checkpoint.sizes import folder_bytes
 from moe_bitnet.packing import unpack
 
@@ -20,21 +21,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Verify the checkpoint; returns what it holds."""
-    load_model(args.path)  # verifies the files and that the tensors fit the config
-    info = read_info(args.path)
-    tensors = read_tensors(args.path / TENSORS_NAME)
+    model = load_model(args.path)  # verifies the files and that the tensors fit the config
+    layout, config, tensors = model_layout(model), model.config, model.state_dict()
     by_dtype: dict[str, int] = {}
     for tensor in tensors.values():
         name = str(tensor.dtype).removeprefix("torch.")
         by_dtype[name] = by_dtype.get(name, 0) + tensor.numel() * tensor.element_size()
     return {
         "path": str(args.path),
-        "layout": info.layout,
+        "layout": layout,
         "num_tensors": len(tensors),
         "file_bytes": folder_bytes(args.path),
         "bytes_by_dtype": by_dtype,
-        "share_of_zero_weights": _share_of_zeros(tensors, info.config.hidden_size, info.layout),
-        "model": info.config.to_dict(),
+        "share_of_zero_weights": _share_of_zeros(tensors, config.hidden_size, layout),
+        "model": config.to_dict(),
     }
 
 

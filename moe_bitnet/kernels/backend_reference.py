@@ -10,23 +10,25 @@ import itertools
 import torch
 from torch import Tensor
 
+from moe_bitnet.config import Activation
 from moe_bitnet.errors import ShapeError
+from moe_bitnet.kernels.expert_weights import ExpertWeights
 from moe_bitnet.kernels.registry import Operation
-from moe_bitnet.packing import PackedTernary
 from moe_bitnet.quantization import quantize_activation
+from moe_bitnet.tiles import TernaryMatrix, tile, untile
 
 MAX_IN_FEATURES = 2**24 // 128 - 1
 
 DEVICE_TYPES = ("cpu", "cuda")
 
 
-def ternary_linear(x_q: Tensor, activation_scale: Tensor, weight: PackedTernary) -> Tensor:
+def ternary_linear(x_q: Tensor, activation_scale: Tensor, weight: TernaryMatrix) -> Tensor:
     """Multiply int8 rows by one packed ternary matrix.
 
     Args:
         x_q: int8 ``[num_tokens, in_features]``.
         activation_scale: float32 ``[num_tokens, 1]``.
-        weight: packed ``[out_features, in_features]``.
+        weight: ``[out_features, in_features]``, portable bytes or tiles.
     Returns:
         float32 ``[num_tokens, out_features]``: exact integer sums, rescaled once.
     Raises:
@@ -38,14 +40,14 @@ def ternary_linear(x_q: Tensor, activation_scale: Tensor, weight: PackedTernary)
 
 
 def grouped_ternary_linear(
-    x_q: Tensor, activation_scale: Tensor, weight: PackedTernary, expert_offsets: Tensor
+    x_q: Tensor, activation_scale: Tensor, weight: TernaryMatrix, expert_offsets: Tensor
 ) -> Tensor:
     """Multiply rows sorted by expert, each by its expert's packed ternary matrix.
 
     Args:
         x_q: int8 ``[num_rows, in_features]``, sorted by expert.
         activation_scale: float32 ``[num_rows, 1]``.
-        weight: packed ``[num_experts, out_features, in_features]``.
+        weight: ``[num_experts, out_features, in_features]``, portable bytes or tiles.
         expert_offsets: int64 ``[num_experts + 1]``; expert e owns rows ``offsets[e]:offsets[e + 1]``, possibly none.
     Returns:
         float32 ``[num_rows, out_features]``.
@@ -62,7 +64,7 @@ def grouped_ternary_linear(
     return output
 
 
-def _check_linear(x_q: Tensor, weight: PackedTernary) -> None:
+def _check_linear(x_q: Tensor, weight: TernaryMatrix) -> None:
     if x_q.shape[-1] != weight.in_features:
         raise ShapeError(
             f"ternary_linear: x has {x_q.shape[-1]} features, the weight was packed for {weight.in_features}. "
@@ -75,8 +77,85 @@ def _check_linear(x_q: Tensor, weight: PackedTernary) -> None:
         )
 
 
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """Divide each row by the root of its mean square, as every backend does in inference.
+
+    The mean of squares is summed in float64 and rounded once, so that the order of the sum, which differs from one
+    backend to the next, leaves the float32 result as it is; everything after it is float32.
+
+    Args:
+        x: ``[..., features]``, float; computed from float32.
+        eps: added to the mean square.
+    Returns:
+        ``[..., features]`` float32.
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
+    x = x.float()
+    mean_square = x.double().square().mean(dim=-1, keepdim=True).float()
+    return x * (1 / (mean_square + eps).sqrt())
+
+
+def rms_norm_quantize(x: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Normalize rows and quantize them to int8.
+
+    Args:
+        x: ``[num_tokens, features]``, float.
+        norm_weight: float32 ``[features]``, gain of the norm.
+        eps: added to the mean square.
+    Returns:
+        ``x_q`` int8 ``[num_tokens, features]`` and ``activation_scale`` float32 ``[num_tokens, 1]``.
+    """
+    return quantize_activation(rms_norm(x, eps) * norm_weight)
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """Return ``silu(gate) · up`` (SwiGLU, arXiv:2002.05202) or ``relu(gate)² · up`` (2B4T), as in inference.
+
+    The sigmoid is computed in float64 and rounded once: a float32 result that no approximation of exp, and no
+    place of an element in a vector, can change.
+
+    Args:
+        gate: float32 ``[..., F]``.
+        up: float32 ``[..., F]``.
+        activation: ``"swiglu"`` or ``"squared_relu"``.
+    Returns:
+        float32 ``[..., F]``.
+    """
+    if activation == "squared_relu":
+        return gate.clamp_min(0).square() * up
+    sigmoid = (1 / (1 + torch.exp(-gate.double()))).float()
+    return gate * sigmoid * up
+
+
+def expert_ffn(x_q: Tensor, activation_scale: Tensor, experts: ExpertWeights, expert_offsets: Tensor) -> Tensor:
+    """Run the experts of a layer on rows sorted by expert.
+
+    ``down(quantize(norm(activation(gate(x)) · up(x))))``, each row with its expert's weights.
+
+    Args:
+        x_q: int8 ``[num_rows, H]``, sorted by expert.
+        activation_scale: float32 ``[num_rows, 1]``.
+        experts: the layer's experts.
+        expert_offsets: int64 ``[num_experts + 1]``; expert e owns rows ``offsets[e]:offsets[e + 1]``, possibly none.
+    Returns:
+        float32 ``[num_rows, H]``, unweighted.
+    Raises:
+        ShapeError: sizes differ.
+    """
+    gate = grouped_ternary_linear(x_q, activation_scale, experts.gate, expert_offsets)
+    up = grouped_ternary_linear(x_q, activation_scale, experts.up, expert_offsets)
+    inner = rms_norm(gated_activation(gate, up, experts.activation), experts.norm_eps)
+    expert_of_row = torch.repeat_interleave(expert_offsets.diff())  # [num_rows]
+    inner_q, inner_scale = quantize_activation(inner * experts.norm_weight[expert_of_row])
+    return grouped_ternary_linear(inner_q, inner_scale, experts.down, expert_offsets)
+
+
 OPERATIONS: dict[str, Operation] = {
     "quantize_activation": quantize_activation,
+    "rms_norm_quantize": rms_norm_quantize,
+    "expert_ffn": expert_ffn,
+    "tile": tile,
+    "untile": untile,
     "ternary_linear": ternary_linear,
     "grouped_ternary_linear": grouped_ternary_linear,
 }

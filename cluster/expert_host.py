@@ -26,6 +26,7 @@ from cluster.transport.row_format import CombineFormat
 from moe_bitnet.config import ModelConfig
 from moe_bitnet.errors import ClusterError, PlacementError
 from moe_bitnet.experts import ExpertInput, GroupedExperts, build_experts
+from moe_bitnet.packed_module import arrange_weights
 from moe_bitnet.packing import Layout
 
 _COMBINE_DTYPES: dict[CombineFormat, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
@@ -107,6 +108,8 @@ class ExpertHost:
         # copied, because arrays from Ray's object store are read-only views
         state = {name: torch.from_numpy(array.copy()) for name, array in experts.tensors.items()}
         module.load_state_dict(state, assign=True)
+        del state
+        arrange_weights(module)
         self._layers[experts.layer_index] = (module.eval(), torch.tensor(experts.expert_ids, dtype=torch.int32))
         self.held_bytes += experts.num_bytes
         return self.held_bytes

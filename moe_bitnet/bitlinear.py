@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from moe_bitnet.kernels import select
 from moe_bitnet.layers import RMSNorm
-from moe_bitnet.packing import Layout, PackedTernary, pack, packed_width
+from moe_bitnet.packed_module import MatrixSizes, PackedModule
+from moe_bitnet.packing import Layout, pack
 from moe_bitnet.quantization import fake_quantize_activation, fake_quantize_weight, quantize_weight
 
 
@@ -52,7 +53,7 @@ class BitLinear(FloatLinear):
         return F.linear(x_q, weight_q).float() * (activation_scale * weight_scale.squeeze(0))
 
 
-class PackedBitLinear(nn.Module):
+class PackedBitLinear(PackedModule):
     """BitLinear for inference: packed weights, true int8 activations, the same integers.
 
     Args:
@@ -62,17 +63,11 @@ class PackedBitLinear(nn.Module):
         norm_eps: if given, the input passes an RMSNorm with this epsilon.
     """
 
-    weight_packed: Tensor
-    weight_scale: Tensor
-
     def __init__(self, in_features: int, out_features: int, layout: Layout, norm_eps: float | None = None) -> None:
         super().__init__()
         self.in_features = in_features
-        self.layout: Layout = layout
         self.norm = nn.Identity() if norm_eps is None else RMSNorm(in_features, norm_eps)
-        shape = (out_features, packed_width(in_features, layout))
-        self.register_buffer("weight_packed", torch.zeros(shape, dtype=torch.uint8))
-        self.register_buffer("weight_scale", torch.ones(1, 1))
+        self.hold_matrices({"weight": MatrixSizes(out_features, in_features)}, layout)
 
     @classmethod
     def from_bitlinear(cls, linear: BitLinear, layout: Layout) -> "PackedBitLinear":
@@ -82,18 +77,15 @@ class PackedBitLinear(nn.Module):
         packed = cls(in_features, out_features, layout, norm.eps if isinstance(norm, RMSNorm) else None)
         packed.norm.load_state_dict(norm.state_dict())
         weight_ternary, weight_scale = quantize_weight(linear.weight.detach())
-        packed.weight_packed = pack(weight_ternary, layout)
-        packed.weight_scale = weight_scale
+        packed.set_matrix("weight", pack(weight_ternary, layout), weight_scale)
         return packed
-
-    @property
-    def packed(self) -> PackedTernary:
-        """The weight as the kernels take it."""
-        return PackedTernary(self.weight_packed, self.weight_scale, self.in_features, self.layout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` ``[..., in_features]``; returns float32 ``[..., out_features]``."""
-        rows = self.norm(x).reshape(-1, self.in_features)
-        x_q, activation_scale = select("quantize_activation", rows.device.type)(rows)
-        output: Tensor = select("ternary_linear", rows.device.type)(x_q, activation_scale, self.packed)
+        rows, device_type = x.reshape(-1, self.in_features), x.device.type
+        if isinstance(self.norm, RMSNorm):
+            x_q, activation_scale = select("rms_norm_quantize", device_type)(rows, self.norm.weight, self.norm.eps)
+        else:
+            x_q, activation_scale = select("quantize_activation", device_type)(rows)
+        output: Tensor = select("ternary_linear", device_type)(x_q, activation_scale, self.matrix("weight"))
         return output.view(*x.shape[:-1], output.shape[-1])

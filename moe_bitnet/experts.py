@@ -18,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_bitnet import inference_math
 from moe_bitnet.config import Activation, ModelConfig
 from moe_bitnet.dispatch import combine, sort_by_expert
 from moe_bitnet.kernels import select
+from moe_bitnet.kernels.expert_weights import ExpertWeights
 from moe_bitnet.layers import rms_norm
-from moe_bitnet.packing import Layout, PackedTernary, pack, packed_width
+from moe_bitnet.packed_module import MatrixSizes, PackedModule
+from moe_bitnet.packing import Layout, pack
 from moe_bitnet.quantization import fake_quantize_activation, fake_quantize_weight, quantize_weight
 from moe_bitnet.router import Routing
 
@@ -64,13 +67,11 @@ class ExpertInput:
 
 def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """Return ``silu(gate) · up`` (SwiGLU, arXiv:2002.05202) or ``relu(gate)² · up`` (2B4T)."""
+    if not torch.is_grad_enabled():
+        return inference_math.gated_activation(gate, up, activation)
     if activation == "squared_relu":
         return F.relu(gate).square() * up
-    if torch.is_grad_enabled():
-        return F.silu(gate) * up
-    # Vectorized silu rounds the last elements of an array 1 ulp differently, so a row's result would depend
-    # on its neighbours; this form does not, but its gradient overflows.
-    return gate / (1 + torch.exp(-gate)) * up
+    return F.silu(gate) * up
 
 
 class GroupedExperts(nn.Module):
@@ -165,7 +166,7 @@ class TernaryExperts(FloatExperts):
         return sums * (rows.activation_scale * row_scale)
 
 
-class PackedExperts(GroupedExperts):
+class PackedExperts(GroupedExperts, PackedModule):
     """Experts for inference: packed weights, true int8 activations, the same integers.
 
     Args:
@@ -176,11 +177,7 @@ class PackedExperts(GroupedExperts):
 
     def __init__(self, config: ModelConfig, num_experts: int, layout: Layout) -> None:
         super().__init__(config, num_experts)
-        self.layout: Layout = layout
-        for name, (out_features, in_features) in self.sizes.items():
-            shape = (num_experts, out_features, packed_width(in_features, layout))
-            self.register_buffer(f"{name}_packed", torch.zeros(shape, dtype=torch.uint8))
-            self.register_buffer(f"{name}_scale", torch.ones(num_experts, 1, 1))
+        self.hold_matrices({name: MatrixSizes(*size) for name, size in self.sizes.items()}, layout, (num_experts,))
 
     @classmethod
     def from_experts(cls, experts: TernaryExperts, config: ModelConfig, layout: Layout) -> "PackedExperts":
@@ -189,27 +186,23 @@ class PackedExperts(GroupedExperts):
         packed.norm_weight.data.copy_(experts.norm_weight.detach())
         for name in PROJECTIONS:
             weight_ternary, weight_scale = quantize_weight(experts.get_parameter(f"{name}_weight").detach())
-            packed.register_buffer(f"{name}_packed", pack(weight_ternary, layout))
-            packed.register_buffer(f"{name}_scale", weight_scale)
+            packed.set_matrix(name, pack(weight_ternary, layout), weight_scale)
         return packed
 
-    def packed(self, projection: str) -> PackedTernary:
-        """Return one projection of all experts as the kernels take it."""
-        return PackedTernary(
-            self.get_buffer(f"{projection}_packed"),
-            self.get_buffer(f"{projection}_scale"),
-            self.sizes[projection][1],
-            self.layout,
-        )
+    @property
+    def weights(self) -> ExpertWeights:
+        """All experts as the fused kernel takes them."""
+        gate, up, down = (self.matrix(name) for name in PROJECTIONS)
+        return ExpertWeights(gate, up, down, self.norm_weight.detach(), self.norm_eps, self.activation)
 
     def prepare(self, hidden_states: Tensor) -> ExpertInput:
         """Quantize each row to int8."""
         return ExpertInput(*select("quantize_activation", hidden_states.device.type)(hidden_states))
 
-    def multiply(self, projection: str, rows: ExpertInput, expert_offsets: Tensor) -> Tensor:
-        """Multiply exactly in integers, then rescale once."""
-        multiply = select("grouped_ternary_linear", rows.rows.device.type)
-        output: Tensor = multiply(rows.rows, rows.activation_scale, self.packed(projection), expert_offsets)
+    def compute(self, rows: ExpertInput, expert_offsets: Tensor) -> Tensor:
+        """Run every expert on its rows in one call: products exact in integers, each rescaled once."""
+        expert_ffn = select("expert_ffn", rows.rows.device.type)
+        output: Tensor = expert_ffn(rows.rows, rows.activation_scale, self.weights, expert_offsets)
         return output
 
 

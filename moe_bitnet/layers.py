@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from moe_bitnet import inference_math
+
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """Divide each row by the root of its mean square.
@@ -14,6 +16,8 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
         ``[..., features]`` float32.
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
+    if not torch.is_grad_enabled():
+        return inference_math.rms_norm(x, eps)
     x = x.float()
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
 

@@ -26,6 +26,7 @@ from moe_bitnet.config import ModelConfig
 from moe_bitnet.errors import CheckpointError, ConfigError
 from moe_bitnet.files import read_json, recover_directory, replace_directory
 from moe_bitnet.model import MoETransformer
+from moe_bitnet.packed_module import arrange_weights
 from moe_bitnet.packing import Layout, check_layout, check_packed
 
 FORMAT = "moe-bitnet"
@@ -103,6 +104,8 @@ def load_model(folder: Path | str) -> MoETransformer:
     _check_tensors(tensors, model.state_dict(), folder)
     _check_bytes(tensors, info, folder)
     model.load_state_dict(tensors, assign=True)
+    del tensors  # so that arranging releases the portable bytes module by module
+    arrange_weights(model)
     return model.eval()
 
 

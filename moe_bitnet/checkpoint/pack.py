@@ -18,6 +18,7 @@ from moe_bitnet.experts import GroupedExperts, PackedExperts, TernaryExperts
 from moe_bitnet.layers import RMSNorm
 from moe_bitnet.model import MoETransformer
 from moe_bitnet.moe import MoELayer
+from moe_bitnet.packed_module import arrange_weights
 from moe_bitnet.packing import Layout, check_layout
 
 _ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -31,7 +32,7 @@ def pack_model(model: MoETransformer, layout: Layout = "2bit") -> MoETransformer
         model: with latent weights; stays as it is.
         layout: ``"2bit"`` (2 bits a weight) or ``"base3"`` (1.6 bits).
     Returns:
-        a new model in evaluation mode.
+        a new model in evaluation mode, its weights laid out for the kernels.
     Raises:
         CheckpointError: the model is a float twin, is packed already, or its experts are elsewhere.
         ConfigError: the layout is unknown.
@@ -47,11 +48,13 @@ def pack_model(model: MoETransformer, layout: Layout = "2bit") -> MoETransformer
         raise CheckpointError(
             f"pack: the model is packed already (layout {model_layout(model)}). Give the trained one."
         )
-    return _replace_layers(
+    packed = _replace_layers(
         copy.deepcopy(model),
         lambda linear: PackedBitLinear.from_bitlinear(linear, layout),
         lambda experts: PackedExperts.from_experts(experts, model.config, layout),
-    ).eval()
+    )
+    arrange_weights(packed)
+    return packed.eval()
 
 
 def packed_skeleton(model: MoETransformer, layout: Layout) -> None:

@@ -10,8 +10,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from moe_bitnet.config import Activation
 from moe_bitnet.errors import ShapeError
+from moe_bitnet.inference_math import gated_activation, rms_norm
 from moe_bitnet.kernels.expert_weights import ExpertWeights
 from moe_bitnet.kernels.registry import Operation
 from moe_bitnet.quantization import quantize_activation
@@ -77,24 +77,6 @@ def _check_linear(x_q: Tensor, weight: TernaryMatrix) -> None:
         )
 
 
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """Divide each row by the root of its mean square, as every backend does in inference.
-
-    The mean of squares is summed in float64 and rounded once, so that the order of the sum, which differs from one
-    backend to the next, leaves the float32 result as it is; everything after it is float32.
-
-    Args:
-        x: ``[..., features]``, float; computed from float32.
-        eps: added to the mean square.
-    Returns:
-        ``[..., features]`` float32.
-    Source: Zhang and Sennrich 2019, arXiv:1910.07467.
-    """
-    x = x.float()
-    mean_square = x.double().square().mean(dim=-1, keepdim=True).float()
-    return x * (1 / (mean_square + eps).sqrt())
-
-
 def rms_norm_quantize(x: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Normalize rows and quantize them to int8.
 
@@ -106,25 +88,6 @@ def rms_norm_quantize(x: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tenso
         ``x_q`` int8 ``[num_tokens, features]`` and ``activation_scale`` float32 ``[num_tokens, 1]``.
     """
     return quantize_activation(rms_norm(x, eps) * norm_weight)
-
-
-def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """Return ``silu(gate) · up`` (SwiGLU, arXiv:2002.05202) or ``relu(gate)² · up`` (2B4T), as in inference.
-
-    The sigmoid is computed in float64 and rounded once: a float32 result that no approximation of exp, and no
-    place of an element in a vector, can change.
-
-    Args:
-        gate: float32 ``[..., F]``.
-        up: float32 ``[..., F]``.
-        activation: ``"swiglu"`` or ``"squared_relu"``.
-    Returns:
-        float32 ``[..., F]``.
-    """
-    if activation == "squared_relu":
-        return gate.clamp_min(0).square() * up
-    sigmoid = (1 / (1 + torch.exp(-gate.double()))).float()
-    return gate * sigmoid * up
 
 
 def expert_ffn(x_q: Tensor, activation_scale: Tensor, experts: ExpertWeights, expert_offsets: Tensor) -> Tensor:

@@ -1,0 +1,73 @@
+// Threads that compute one call together.
+//
+// A call names how many threads it wants (torch.get_num_threads()); the caller is one of them. Workers are started
+// once, spin for a moment after a call, since the next one usually follows at once, and then sleep. If the pool is
+// busy with another Python thread's call, a call runs on its own thread alone: never more threads than asked for.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace ternary {
+
+// The threads of one call: they hand out work and wait for each other.
+class Team {
+ public:
+  explicit Team(int num_threads) : num_threads_(num_threads) {}
+
+  int num_threads() const { return num_threads_; }
+
+  // Calls body(begin, end) for pieces of [0, count) until none is left, then waits for the others.
+  // Pieces go to whoever is free, so that a thread that lost its core delays the call by one piece only.
+  template <class Body>
+  void for_each_piece(int64_t count, int64_t piece, Body&& body) {
+    for (;;) {
+      const int64_t begin = num_threads_ == 1 ? next_solo_ : next_.fetch_add(piece, std::memory_order_relaxed);
+      if (num_threads_ == 1) next_solo_ += piece;
+      if (begin >= count) break;
+      body(begin, begin + piece < count ? begin + piece : count);
+    }
+    wait_for_all();
+  }
+
+  // Returns once every thread of the team has come here; what they wrote before is visible afterwards.
+  void wait_for_all();
+
+ private:
+  const int num_threads_;
+  int64_t next_solo_ = 0;
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int32_t> num_arrived_{0};
+  alignas(64) std::atomic<uint32_t> generation_{0};
+};
+
+using TeamBody = void (*)(void* context, Team& team, int thread_index);
+
+// Runs body on up to num_threads threads, the caller included, and returns when all are done.
+void run_team(int num_threads, TeamBody body, void* context);
+
+// The same for a callable (Team& team, int thread_index).
+template <class Body>
+void run_team(int num_threads, Body&& body) {
+  run_team(
+      num_threads, [](void* context, Team& team, int thread_index) { (*static_cast<Body*>(context))(team, thread_index); },
+      &body);
+}
+
+// Pieces small enough that a late thread costs little, large enough that threads read long runs of memory.
+inline int64_t piece_of(int64_t count, int num_threads) {
+  const int64_t piece = count / (16 * static_cast<int64_t>(num_threads));
+  return piece > 1 ? piece : 1;
+}
+
+// Work of one element of a norm, quantization or activation in multiply-adds of an integer product.
+constexpr int64_t kFloatStepWork = 64;
+
+// Fewer threads where a call is so short that waking and meeting would cost more than they save.
+inline int32_t useful_threads(int32_t num_threads, int64_t multiply_adds) {
+  constexpr int64_t kWorthAThread = 1 << 20;  // about 2 us
+  const int64_t useful = multiply_adds / kWorthAThread + 1;
+  return useful < num_threads ? static_cast<int32_t>(useful) : num_threads > 1 ? num_threads : 1;
+}
+
+}  // namespace ternary

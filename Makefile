@@ -7,8 +7,8 @@ TORCH ?= torch==2.13.0
 
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find moe_bitnet kvcache cluster -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml
-CPP_FILES := $(shell find moe_bitnet kvcache cluster -name '*.cpp' -o -name '*.h')
+CPP_FILES := $(shell find moe_bitnet kvcache cluster -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+SOURCES := $(CPP_FILES) CMakeLists.txt pyproject.toml
 
 .DELETE_ON_ERROR:
 .PHONY: help demo install test test-all check format clean

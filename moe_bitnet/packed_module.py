@@ -88,7 +88,7 @@ class PackedModule(nn.Module):
                 self._buffers[f"{name}_tiles"] = tiled.tiles
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._matrix_sizes:
             destination[f"{prefix}{name}_packed"] = self.portable(name).weight_packed
 
@@ -96,7 +96,7 @@ class PackedModule(nn.Module):
         for name in self._matrix_sizes:
             packed = self.portable(name)
             self.set_matrix(name, packed.weight_packed, packed.weight_scale)
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 def arrange_weights(model: nn.Module) -> None:

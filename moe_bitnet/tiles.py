@@ -94,7 +94,8 @@ def tile(packed: PackedTernary) -> TiledTernary:
     out_features, in_features = packed.out_features, packed.in_features
     unit = INPUTS_PER_UNIT[packed.layout]
     codes = F.pad(codes, (0, -in_features % unit, 0, -out_features % ROWS_PER_BLOCK), value=1)
-    codes = codes.unflatten(-1, (-1, unit // 4, 4)).unflatten(-4, (-1, 4, 16))
+    leading, num_blocks = codes.shape[:-2], codes.shape[-2] // ROWS_PER_BLOCK
+    codes = codes.reshape(*leading, num_blocks, 4, 16, codes.shape[-1] // unit, unit // 4, 4)
     codes = codes.movedim((-5, -4), (-3, -2))  # [..., blocks, units, quads of a unit, 4 (p), 16 (r), 4 (i)]
     if packed.layout == "base3":
         low, high = codes[..., :4, :, :, :], codes[..., 4, :, :, :]  # high: [..., 4 (j), 16 (r), 4 (i)]
@@ -114,7 +115,9 @@ def untile(tiled: TiledTernary) -> PackedTernary:
 
 
 def _unpack(tiles: Tensor, out_features: int, in_features: int, layout: Layout) -> Tensor:
-    lines = tiles.unflatten(-1, (-1, _LINES_PER_UNIT[layout], 16, 4))  # [..., blocks, units, lines, 16 (r), 4 (i)]
+    num_units = tiles.shape[-1] // (_LINES_PER_UNIT[layout] * LINE_BYTES)
+    # [..., blocks, units, lines, 16 (r), 4 (i)]
+    lines = tiles.reshape(*tiles.shape[:-1], num_units, _LINES_PER_UNIT[layout], 16, 4)
     radix, count = (3, 5) if layout == "base3" else (4, 4)
     places = radix ** torch.arange(count, dtype=torch.int16, device=tiles.device)
     digits = lines.to(torch.int16).unsqueeze(-3) // places[:, None, None] % radix  # [..., lines, digits, 16, 4]

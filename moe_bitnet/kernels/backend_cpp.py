@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_bitnet.errors import BackendError, CheckpointError, ShapeError
+from moe_bitnet.kernels.decoder_structures import DECODER_SIGNATURES
 from moe_bitnet.kernels.expert_weights import ExpertWeights
 from moe_bitnet.kernels.library import load_library
 from moe_bitnet.kernels.registry import Backend
@@ -87,7 +88,7 @@ def load_kernel_library() -> ctypes.CDLL:
         BackendError: it is absent or of another version, or ``MOE_BITNET_ISA`` names what this machine lacks.
     """
     library = load_library("moe_bitnet.kernels", LIBRARY_NAME, INTERFACE_VERSION)
-    for name, (result, arguments) in _SIGNATURES.items():
+    for name, (result, arguments) in (_SIGNATURES | DECODER_SIGNATURES).items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     if library.ternary_isa() < 0:

@@ -97,6 +97,11 @@ def experts_structure(experts: ExpertWeights) -> ExpertsStructure:
         ShapeError: sizes that do not fit together.
     """
     gate, up, down = (_require_tiles(matrix) for matrix in (experts.gate, experts.up, experts.down))
+    if experts.norm_weight.dim() != 2:
+        raise ShapeError(
+            f"expert_ffn: norm_weight has shape {list(experts.norm_weight.shape)}; give [num_experts, F], one gain a "
+            f"feature of every expert."
+        )
     num_experts, inner_size = experts.norm_weight.shape
     sizes = [(m.weight_scale.numel(), m.out_features, m.in_features) for m in (gate, up, down)]
     inner = (num_experts, inner_size, gate.in_features)

@@ -31,6 +31,7 @@ namespace {
 
 constexpr int64_t kTokensPerSplit = 512;  // keys that one attention task of a single token takes
 constexpr int64_t kQueriesPerTask = 8;    // tokens that one attention task of a chunk takes
+constexpr int64_t kPhasesPerLayer = 10;   // times that all threads meet in a layer
 
 enum Phase { kProducts, kAttention, kHead, kOther, kNumPhases };
 
@@ -93,7 +94,8 @@ class Decoder {
         moe_q_(max_rows * model.hidden_size),
         moe_scale_(max_rows),
         route_(max_rows, model.num_experts, model.top_k),
-        shared_(max_rows, std::max<int64_t>(1, model.num_shared_experts), std::max<int64_t>(1, model.num_shared_experts)),
+        shared_(max_rows, std::max<int64_t>(1, model.num_shared_experts),
+                std::max<int64_t>(1, model.num_shared_experts)),
         expert_output_(max_rows * model.top_k * model.hidden_size),
         shared_output_(max_rows * model.num_shared_experts * model.hidden_size) {
     const ternary_layer& first = layers_.front();
@@ -113,8 +115,8 @@ class Decoder {
   void append(const int64_t* token_ids, int64_t num_tokens, int64_t position, float* logits) {
     start_clock();
     all_rows_offsets_[1] = num_tokens;
-    run_team(num_threads_, [&](Team& team, int thread) {
-      const Walk walk{kernels(), team, thread, num_tokens, position};
+    run_team(threads_for(num_tokens), [&](Worker& worker) {
+      const Walk walk{kernels(), worker, num_tokens, position};
       embed(walk, token_ids);
       for (int64_t i = 0; i < model_.num_layers; ++i) {
         attention(walk, i);
@@ -128,8 +130,8 @@ class Decoder {
     start_clock();
     const size_t bytes = static_cast<size_t>(num_tokens * model_.hidden_size) * sizeof(float);
     std::memcpy(hidden_.get(), hidden_states, bytes);
-    run_team(num_threads_, [&](Team& team, int thread) {
-      moe(Walk{kernels(), team, thread, num_tokens, 0}, layers_[static_cast<size_t>(layer_index)]);
+    run_team(threads_for(num_tokens), [&](Worker& worker) {
+      moe(Walk{kernels(), worker, num_tokens, 0}, layers_[static_cast<size_t>(layer_index)]);
     });
     std::memcpy(hidden_states, hidden_.get(), bytes);
   }
@@ -145,16 +147,15 @@ class Decoder {
   // What every phase needs to know.
   struct Walk {
     const Kernels& k;
-    Team& team;
-    int thread;
+    Worker& worker;
     int64_t num_tokens;
     int64_t position;  // of the first token
   };
 
   float* hidden(int64_t row) const { return hidden_.get() + row * model_.hidden_size; }
-  float* temporary(const Walk& walk) const { return temporary_.get() + 2 * walk.thread * temporary_stride_; }
-  int8_t* temporary_q(const Walk& walk) const { return temporary_q_.get() + walk.thread * temporary_stride_; }
-  uint8_t* expanded(const Walk& walk) const { return expanded_.get() + walk.thread * expanded_bytes_; }
+  float* temporary(const Walk& walk) const { return temporary_.get() + 2 * walk.worker.index() * temporary_stride_; }
+  int8_t* temporary_q(const Walk& walk) const { return temporary_q_.get() + walk.worker.index() * temporary_stride_; }
+  uint8_t* expanded(const Walk& walk) const { return expanded_.get() + walk.worker.index() * expanded_bytes_; }
   float* projected(int64_t row) const { return projected_.get() + row * (query_size_ + 2 * kv_size_); }
   // A single token's keys are split over tasks; a chunk's tokens are.
   int64_t num_splits(const Walk& walk) const {
@@ -163,17 +164,27 @@ class Decoder {
 
   template <class Body>
   void for_each_row(const Walk& walk, int64_t count, Body&& body) {
-    walk.team.for_each_piece(count, piece_of(count, num_threads_), [&](int64_t begin, int64_t end) {
+    const int64_t piece = piece_of(count, walk.worker.num_threads());
+    walk.worker.for_each_piece(count, piece, [&](int64_t begin, int64_t end, int64_t) {
       for (int64_t row = begin; row < end; ++row) body(row);
     });
     clock(walk, kOther);
+  }
+
+  // A small model's phases are shorter than a meeting of threads.
+  int32_t threads_for(int64_t num_tokens) const {
+    const int64_t experts = model_.top_k + model_.num_shared_experts;
+    const int64_t inner = layers_.front().experts.gate.out_features;
+    const int64_t weights =
+        2 * model_.hidden_size * (query_size_ + kv_size_) + 3 * experts * inner * model_.hidden_size;
+    return useful_threads(num_threads_, num_tokens * weights / kPhasesPerLayer);
   }
 
   void start_clock() { clock_ = std::chrono::steady_clock::now(); }
 
   // Adds the time since the last phase; the first thread speaks for all, since they have just met.
   void clock(const Walk& walk, Phase phase) {
-    if (walk.thread != 0) return;
+    if (walk.worker.index() != 0) return;
     const auto now = std::chrono::steady_clock::now();
     seconds_[phase] += std::chrono::duration<double>(now - clock_).count();
     clock_ = now;
@@ -229,7 +240,7 @@ class Decoder {
       k.rms_norm_row(merged, layer.output_norm, model_.norm_eps, query_size_, merged);
       quantize_into(walk, merged, query_size_, row, output_input_);
     });
-    multiply_groups(k, walk.team, Matrices(layer.output), all_rows_, output_input_, expanded(walk),
+    multiply_groups(k, walk.worker, Matrices(layer.output), all_rows_, output_input_, expanded(walk),
                     [&](int64_t row, int64_t feature, const float* values, int64_t count) {
                       float* target = hidden(row) + feature;
                       for (int64_t i = 0; i < count; ++i) target[i] += values[i];
@@ -237,55 +248,75 @@ class Decoder {
     clock(walk, kProducts);
   }
 
-  // Query, key and value in one phase: their blocks are handed out together.
+  // The blocks of query, key and value, numbered one after the other.
+  struct Projections {
+    explicit Projections(const ternary_layer& layer)
+        : matrices{Matrices(layer.query), Matrices(layer.key), Matrices(layer.value)} {
+      for (int i = 0; i < 3; ++i) ends[i] = (i ? ends[i - 1] : 0) + matrices[i].num_blocks();
+    }
+
+    int64_t count() const { return ends[2]; }
+    int matrix_of(int64_t item) const { return item < ends[0] ? 0 : item < ends[1] ? 1 : 2; }
+    int64_t block_of(int64_t item) const {
+      const int i = matrix_of(item);
+      return i ? item - ends[i - 1] : item;
+    }
+    const uint8_t* data(int64_t item) const { return matrices[matrix_of(item)].block(0, block_of(item)); }
+
+    Matrices matrices[3];
+    int64_t ends[3];
+  };
+
   void project(const Walk& walk, const ternary_layer& layer, int num_inputs) {
-    const Matrices matrices[3] = {Matrices(layer.query), Matrices(layer.key), Matrices(layer.value)};
-    const int64_t feature_offsets[3] = {0, query_size_, query_size_ + kv_size_};
-    const int64_t ends[3] = {matrices[0].num_blocks(), ends_after(matrices[0], matrices[1]),
-                             ends_after(matrices[0], matrices[1]) + matrices[2].num_blocks()};
-    walk.team.for_each_piece(ends[2], piece_of(ends[2], num_threads_), [&](int64_t begin, int64_t end) {
+    const Projections items(layer);
+    const int64_t first_features[3] = {0, query_size_, query_size_ + kv_size_};
+    const int64_t count = items.count(), piece = piece_of(count, walk.worker.num_threads());
+    walk.worker.for_each_piece(count, piece, [&](int64_t begin, int64_t end, int64_t next) {
       for (int64_t item = begin; item < end; ++item) {
-        const int i = item < ends[0] ? 0 : item < ends[1] ? 1 : 2;
-        const int64_t block = i == 0 ? item : item - ends[i - 1];
+        const int i = items.matrix_of(item);
+        const Matrices& matrices = items.matrices[i];
+        const int64_t block = items.block_of(item), following = item + 1 < end ? item + 1 : next;
         const SortedColumns& input = attention_input_[num_inputs == 1 ? 0 : i];
-        const size_t bytes = static_cast<size_t>(matrices[i].block_rows(block)) * sizeof(float);
-        multiply_block_rescaled(walk.k, matrices[i], 0, block, input.of(0, walk.num_tokens), input.scales(0),
-                                expanded(walk), [&](int64_t row, const float* values) {
-                                  std::memcpy(projected(row) + feature_offsets[i] + block * kRowsPerBlock, values,
-                                              bytes);
-                                });
+        const int64_t feature = first_features[i] + block * kRowsPerBlock;
+        const size_t bytes = static_cast<size_t>(matrices.block_rows(block)) * sizeof(float);
+        multiply_block_rescaled(
+            walk.k, matrices, items.data(item), items.data(following < count ? following : item), matrices.scale(0),
+            input.of(0, walk.num_tokens), input.scales(0), expanded(walk),
+            [&](int64_t row, const float* values) { std::memcpy(projected(row) + feature, values, bytes); });
       }
     });
     clock(walk, kProducts);
   }
 
-  static int64_t ends_after(const Matrices& a, const Matrices& b) { return a.num_blocks() + b.num_blocks(); }
-
   // Rotary embedding in the half-split order; queries are scaled by 1 / sqrt(head_dim) on the way.
   void rotate_and_append(const Walk& walk, int64_t layer_index) {
-    const int64_t dim = model_.head_dim, half = dim / 2, heads = model_.num_heads, kv_heads = model_.num_kv_heads;
-    const float query_scale = 1.0F / std::sqrt(static_cast<float>(dim));
-    for_each_row(walk, walk.num_tokens, [&](int64_t row) {
-      const int64_t token = walk.position + row;
-      const float* cos = cache_.cos + token * half;
-      const float* sin = cache_.sin + token * half;
-      for (int64_t head = 0; head < heads + kv_heads; ++head) {
-        const float* source = projected(row) + head * dim;
-        float* target = head < heads ? query_.get() + (row * heads + head) * padded_dim_ : temporary(walk);
-        const float scale = head < heads ? query_scale : 1.0F;
-        for (int64_t i = 0; i < half; ++i) {
-          target[i] = (source[i] * cos[i] - source[half + i] * sin[i]) * scale;
-          target[half + i] = (source[half + i] * cos[i] + source[i] * sin[i]) * scale;
-        }
-        for (int64_t i = dim; i < padded_dim_; ++i) target[i] = 0;
-        if (head < heads) continue;
-        const int64_t kv_head = head - heads;
-        uint16_t* keys = key_of(layer_index, kv_head) + token / kTokensPerTile * padded_dim_ * kTokensPerTile;
-        walk.k.to_half(target, dim, keys + token % kTokensPerTile, kTokensPerTile);
-        walk.k.to_half(projected(row) + query_size_ + kv_size_ + kv_head * dim, dim,
-                       value_of(layer_index, kv_head) + token * padded_dim_, 1);
-      }
-    });
+    const int64_t heads = model_.num_heads + model_.num_kv_heads;
+    for_each_row(walk, walk.num_tokens * heads,
+                 [&](int64_t item) { rotate_head(walk, layer_index, item / heads, item % heads); });
+  }
+
+  // One query head, or one key head with its value.
+  void rotate_head(const Walk& walk, int64_t layer_index, int64_t row, int64_t head) {
+    const int64_t dim = model_.head_dim, half = dim / 2, heads = model_.num_heads;
+    const bool is_query = head < heads;
+    const int64_t token = walk.position + row, kv_head = head - heads;
+    const float* cos = cache_.cos + token * half;
+    const float* sin = cache_.sin + token * half;
+    const float scale = is_query ? 1.0F / std::sqrt(static_cast<float>(dim)) : 1.0F;
+    const float* source = projected(row) + head * dim;
+    float* target = is_query ? query_.get() + (row * heads + head) * padded_dim_ : temporary(walk);
+    for (int64_t i = 0; i < half; ++i) {
+      target[i] = (source[i] * cos[i] - source[half + i] * sin[i]) * scale;
+      target[half + i] = (source[half + i] * cos[i] + source[i] * sin[i]) * scale;
+    }
+    if (is_query) {
+      for (int64_t i = dim; i < padded_dim_; ++i) target[i] = 0;
+      return;
+    }
+    uint16_t* keys = key_of(layer_index, kv_head) + token / kTokensPerTile * padded_dim_ * kTokensPerTile;
+    walk.k.to_half(target, dim, keys + token % kTokensPerTile, kTokensPerTile);
+    const float* value = projected(row) + query_size_ + kv_size_ + kv_head * dim;
+    walk.k.to_half(value, dim, value_of(layer_index, kv_head) + token * padded_dim_, 1);
   }
 
   uint16_t* key_of(int64_t layer_index, int64_t kv_head) const {
@@ -297,27 +328,35 @@ class Decoder {
 
   // Partial results lie as [split or token][head].
   void attend(const Walk& walk, int64_t layer_index) {
-    const int64_t heads = model_.num_heads, kv_heads = model_.num_kv_heads, group = heads / kv_heads;
+    const int64_t kv_heads = model_.num_kv_heads;
     const bool is_single = walk.num_tokens == 1;
     const int64_t parts = is_single ? num_splits(walk) : divide_up(walk.num_tokens, kQueriesPerTask);
-    walk.team.for_each_piece(kv_heads * parts, 1, [&](int64_t item, int64_t) {
-      const int64_t kv_head = item % kv_heads, part = item / kv_heads;
-      const int64_t first_token = is_single ? 0 : part * kQueriesPerTask;
-      const int64_t tokens = is_single ? 1 : std::min(kQueriesPerTask, walk.num_tokens - first_token);
-      const int64_t num_keys = walk.position + first_token + tokens;
-      std::vector<AttentionRow> rows;
-      for (int64_t token = first_token; token < first_token + tokens; ++token)
-        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-          const int64_t at = (is_single ? part : token) * heads + head;
-          rows.push_back({query_.get() + (token * heads + head) * padded_dim_, walk.position + token + 1,
-                          partial_.get() + at * padded_dim_, partial_maximum_.get() + at, partial_sum_.get() + at});
-        }
-      const int64_t begin = is_single ? part * kTokensPerSplit : 0;
-      const int64_t end = is_single ? std::min(num_keys, begin + kTokensPerSplit) : num_keys;
-      walk.k.attend({rows.data(), static_cast<int64_t>(rows.size()), key_of(layer_index, kv_head),
-                     value_of(layer_index, kv_head), padded_dim_, begin, end});
+    walk.worker.for_each_piece(kv_heads * parts, 1, [&](int64_t begin_item, int64_t end_item, int64_t) {
+      for (int64_t item = begin_item; item < end_item; ++item) attend_item(walk, layer_index, item);
     });
     clock(walk, kAttention);
+  }
+
+  // The queries of some tokens (or of one token, over some keys) that share a key/value head.
+  void attend_item(const Walk& walk, int64_t layer_index, int64_t item) {
+    const int64_t heads = model_.num_heads, kv_heads = model_.num_kv_heads, group = heads / kv_heads;
+    const bool is_single = walk.num_tokens == 1;
+    const int64_t kv_head = item % kv_heads, part = item / kv_heads;
+    const int64_t first_token = is_single ? 0 : part * kQueriesPerTask;
+    const int64_t tokens = is_single ? 1 : std::min(kQueriesPerTask, walk.num_tokens - first_token);
+    const int64_t num_keys = walk.position + first_token + tokens;
+    std::vector<AttentionRow> rows;
+    rows.reserve(static_cast<size_t>(tokens * group));
+    for (int64_t token = first_token; token < first_token + tokens; ++token)
+      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        const int64_t at = (is_single ? part : token) * heads + head;
+        rows.push_back({query_.get() + (token * heads + head) * padded_dim_, walk.position + token + 1,
+                        partial_.get() + at * padded_dim_, partial_maximum_.get() + at, partial_sum_.get() + at});
+      }
+    const int64_t begin = is_single ? part * kTokensPerSplit : 0;
+    const int64_t end = is_single ? std::min(num_keys, begin + kTokensPerSplit) : num_keys;
+    walk.k.attend({rows.data(), static_cast<int64_t>(rows.size()), key_of(layer_index, kv_head),
+                   value_of(layer_index, kv_head), padded_dim_, begin, end});
   }
 
   // The attention output of one token, all heads, from its partial results.
@@ -348,18 +387,18 @@ class Decoder {
       moe_scale_[row] = walk.k.quantize_row(normed, hidden_size, moe_q_.get() + row * hidden_size, nullptr);
       choose_experts(walk, layer, row, normed);
     });
-    if (walk.thread == 0) {
+    if (walk.worker.index() == 0) {
       route_.sort(walk.num_tokens);
       visit_all(walk.num_tokens);
     }
-    walk.team.wait_for_all();
+    walk.worker.wait_for_all();
     clock(walk, kOther);
     const SourceRows rows{moe_q_.get(), moe_scale_.get(), hidden_size, route_.token_of_row.get()};
-    run_experts(walk.k, walk.team, walk.thread, layer.experts, route_.groups, rows, walk.num_tokens * model_.top_k,
-                *experts_, expert_output_.get());
+    run_experts(walk.k, walk.worker, layer.experts, route_.groups, rows, walk.num_tokens * model_.top_k, *experts_,
+                expert_output_.get());
     if (model_.num_shared_experts) {
       const SourceRows shared_rows{moe_q_.get(), moe_scale_.get(), hidden_size, shared_.token_of_row.get()};
-      run_experts(walk.k, walk.team, walk.thread, layer.shared_experts, shared_.groups, shared_rows,
+      run_experts(walk.k, walk.worker, layer.shared_experts, shared_.groups, shared_rows,
                   walk.num_tokens * model_.num_shared_experts, *shared_experts_, shared_output_.get());
     }
     clock(walk, kProducts);
@@ -400,7 +439,8 @@ class Decoder {
     const int64_t count = model_.num_experts, top_k = model_.top_k;
     std::vector<float> logits(static_cast<size_t>(count));
     for (int64_t e = 0; e < count; ++e)
-      logits[static_cast<size_t>(e)] = walk.k.dot_float(normed, layer.router + e * model_.hidden_size, model_.hidden_size);
+      logits[static_cast<size_t>(e)] =
+          walk.k.dot_float(normed, layer.router + e * model_.hidden_size, model_.hidden_size);
     int64_t* ids = route_.expert_ids.get() + row * top_k;
     float* weights = route_.weights.get() + row * top_k;
     float total = 0;
@@ -425,18 +465,20 @@ class Decoder {
     float scale = 0;
     if (head.kind == kTernaryInt8) scale = walk.k.quantize_row(normed, size, temporary_q(walk), nullptr);
     const int64_t blocks = divide_up(model_.vocab_size, kRows);
-    walk.team.for_each_piece(blocks, piece_of(blocks, num_threads_), [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * kRows, count = std::min(end * kRows, model_.vocab_size) - first;
-      if (head.kind == kTernaryFloat32) {
-        walk.k.head_float32(normed, static_cast<const float*>(head.data) + first * size, count, size, logits + first);
-      } else if (head.kind == kTernaryBfloat16) {
-        walk.k.head_bfloat16(normed, static_cast<const uint16_t*>(head.data) + first * size, count, size,
-                             logits + first);
-      } else {
-        walk.k.head_int8(temporary_q(walk), scale, static_cast<const int8_t*>(head.data) + first * size,
-                         head.scales + first, head.row_sums + first, count, size, logits + first);
-      }
-    });
+    walk.worker.for_each_piece(
+        blocks, piece_of(blocks, walk.worker.num_threads()), [&](int64_t begin, int64_t end, int64_t) {
+          const int64_t first = begin * kRows, count = std::min(end * kRows, model_.vocab_size) - first;
+          if (head.kind == kTernaryFloat32) {
+            walk.k.head_float32(normed, static_cast<const float*>(head.data) + first * size, count, size,
+                                logits + first);
+          } else if (head.kind == kTernaryBfloat16) {
+            walk.k.head_bfloat16(normed, static_cast<const uint16_t*>(head.data) + first * size, count, size,
+                                 logits + first);
+          } else {
+            walk.k.head_int8(temporary_q(walk), scale, static_cast<const int8_t*>(head.data) + first * size,
+                             head.scales + first, head.row_sums + first, count, size, logits + first);
+          }
+        });
     clock(walk, kHead);
   }
 
@@ -447,14 +489,14 @@ class Decoder {
   const int num_threads_;
   const int64_t query_size_, kv_size_, padded_dim_, max_splits_, temporary_stride_;
 
-  Buffer<float> hidden_;             // [rows][hidden_size]: the residual stream
-  Buffer<float> temporary_;          // [threads][2][temporary_stride]
-  Buffer<int8_t> temporary_q_;       // [threads][temporary_stride]
-  Buffer<float> projected_;          // [rows][query, key, value]
-  Buffer<float> query_;              // [rows][heads][padded_dim]
-  Buffer<float> partial_;            // [splits or rows][heads][padded_dim]
+  Buffer<float> hidden_;        // [rows][hidden_size]: the residual stream
+  Buffer<float> temporary_;     // [threads][2][temporary_stride]
+  Buffer<int8_t> temporary_q_;  // [threads][temporary_stride]
+  Buffer<float> projected_;     // [rows][query, key, value]
+  Buffer<float> query_;         // [rows][heads][padded_dim]
+  Buffer<float> partial_;       // [splits or rows][heads][padded_dim]
   Buffer<float> partial_maximum_, partial_sum_;
-  Buffer<int8_t> moe_q_;             // [rows][hidden_size]
+  Buffer<int8_t> moe_q_;  // [rows][hidden_size]
   Buffer<float> moe_scale_;
   Route route_, shared_;
   Buffer<float> expert_output_, shared_output_;

@@ -69,8 +69,7 @@ void ternary_decoder_append(ternary_decoder* decoder, const int64_t* token_ids, 
                             float* logits);
 
 // One MoE layer alone: hidden_states + layer(hidden_states) for [num_tokens, hidden_size] rows, in place.
-void ternary_decoder_moe_layer(ternary_decoder* decoder, int64_t layer_index, int64_t num_tokens,
-                               float* hidden_states);
+void ternary_decoder_moe_layer(ternary_decoder* decoder, int64_t layer_index, int64_t num_tokens, float* hidden_states);
 
 // Seconds spent since the last call in: ternary products, attention, head, everything else (norms, routing, rotary
 // embedding, waiting included). Sets them back to zero.

@@ -7,8 +7,9 @@
 
 namespace ternary {
 
-void SortedColumns::fill(const Kernels& k, Team& team, const Groups& groups, int64_t num_rows, const SourceRows& rows) {
-  team.for_each_piece(num_rows, piece_of(num_rows, team.num_threads()), [&](int64_t begin, int64_t end) {
+void SortedColumns::fill(const Kernels& k, Worker& worker, const Groups& groups, int64_t num_rows,
+                         const SourceRows& rows) {
+  worker.for_each_piece(num_rows, piece_of(num_rows, worker.num_threads()), [&](int64_t begin, int64_t end, int64_t) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t from = rows.source ? rows.source[row] : row;
       const int8_t* x_q = rows.x_q + from * rows.num_features;
@@ -18,7 +19,7 @@ void SortedColumns::fill(const Kernels& k, Team& team, const Groups& groups, int
 }
 
 ExpertScratch::ExpertScratch(const ternary_experts& experts, int64_t max_rows, int num_threads)
-    : expanded_bytes(std::max(Matrices(experts.gate).expanded_bytes(), Matrices(experts.down).expanded_bytes())),
+    : expanded_bytes(std::max(2 * Matrices(experts.gate).expanded_bytes(), Matrices(experts.down).expanded_bytes())),
       inner_stride(num_row_blocks(experts.gate.out_features) * kRowsPerBlock),
       input(max_rows, Matrices(experts.gate).num_quads()),
       inner_columns(max_rows, Matrices(experts.down).num_quads()),
@@ -26,51 +27,65 @@ ExpertScratch::ExpertScratch(const ternary_experts& experts, int64_t max_rows, i
       expanded(num_threads * expanded_bytes),
       row_q(num_threads * experts.gate.out_features) {}
 
-void run_experts(const Kernels& k, Team& team, int thread_index, const ternary_experts& experts, const Groups& groups,
+// 64 inner features of one expert: gate and up of a tile of rows, then their activation while both are in registers
+// and L1.
+static void multiply_gate_up(const Kernels& k, const ternary_experts& experts, const Groups& groups, int64_t item,
+                             const uint8_t* following, ExpertScratch& scratch, uint8_t* expanded) {
+  const Matrices gate(experts.gate), up(experts.up);
+  const GroupBlocks items(gate, groups);
+  const int64_t expert = items.expert(item), first = groups.offsets[expert];
+  const Columns columns = scratch.input.of(first, groups.offsets[expert + 1] - first);
+  const float* scales = scratch.input.scales(first);
+  float* inner = scratch.inner.get() + first * scratch.inner_stride + items.block(item) * kRowsPerBlock;
+  const uint8_t* const blocks[2] = {items.data(gate, item), items.data(up, item)};
+  multiply_blocks(k, gate, blocks, following, columns, expanded, [&](int64_t tile, const int32_t* sums) {
+    for (int c = 0; c < columns.num_columns(tile); ++c) {
+      alignas(64) float values[2][kRowsPerBlock];
+      const int64_t row = columns.first_row(tile) + c;
+      const int32_t* column_sums = sums + c * kRowsPerBlock;
+      k.rescale(column_sums, columns.row_sum(row), scales[row] * gate.scale(expert), values[0]);
+      k.rescale(column_sums + kTileSums, columns.row_sum(row), scales[row] * up.scale(expert), values[1]);
+      k.gate(values[0], values[1], kRowsPerBlock, experts.activation, inner + row * scratch.inner_stride);
+    }
+  });
+}
+
+void run_experts(const Kernels& k, Worker& worker, const ternary_experts& experts, const Groups& groups,
                  const SourceRows& rows, int64_t num_rows, ExpertScratch& scratch, float* output) {
-  const Matrices gate(experts.gate), up(experts.up), down(experts.down);
-  const int64_t inner_size = gate.out_features(), hidden_size = down.out_features();
-  const int64_t blocks = gate.num_blocks(), items = blocks * static_cast<int64_t>(groups.active.size());
-  uint8_t* expanded = scratch.expanded.get() + thread_index * scratch.expanded_bytes;
+  const Matrices gate(experts.gate), down(experts.down);
+  const int64_t inner_size = gate.out_features(), hidden_size = down.out_features(), stride = scratch.inner_stride;
+  uint8_t* expanded = scratch.expanded.get() + worker.index() * scratch.expanded_bytes;
+  float* inner = scratch.inner.get();
 
-  scratch.input.fill(k, team, groups, num_rows, rows);
+  scratch.input.fill(k, worker, groups, num_rows, rows);
 
-  // A thread computes the same 64 features of gate and up, so that the activation finds both in its cache.
-  team.for_each_piece(items, piece_of(items, team.num_threads()), [&](int64_t begin, int64_t end) {
+  const GroupBlocks items(gate, groups);
+  const int64_t count = items.count();
+  worker.for_each_piece(count, piece_of(count, worker.num_threads()), [&](int64_t begin, int64_t end, int64_t next) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t expert = groups.active[static_cast<size_t>(item / blocks)], block = item % blocks;
-      const int64_t first = groups.offsets[expert];
-      const Columns columns = scratch.input.of(first, groups.offsets[expert + 1] - first);
-      const float* scales = scratch.input.scales(first);
-      float* inner = scratch.inner.get() + first * scratch.inner_stride + block * kRowsPerBlock;
-      multiply_block_rescaled(k, gate, expert, block, columns, scales, expanded, [&](int64_t row, const float* values) {
-        std::memcpy(inner + row * scratch.inner_stride, values, kRowsPerBlock * sizeof(float));
-      });
-      multiply_block_rescaled(k, up, expert, block, columns, scales, expanded, [&](int64_t row, const float* values) {
-        float* gated = inner + row * scratch.inner_stride;
-        k.gate(gated, values, kRowsPerBlock, experts.activation, gated);
-      });
+      const int64_t following = item + 1 < end ? item + 1 : next < count ? next : item;
+      multiply_gate_up(k, experts, groups, item, items.data(gate, following), scratch, expanded);
     }
   });
 
-  team.for_each_piece(num_rows, piece_of(num_rows, team.num_threads()), [&](int64_t begin, int64_t end) {
-    int8_t* x_q = scratch.row_q.get() + thread_index * inner_size;
+  worker.for_each_piece(num_rows, piece_of(num_rows, worker.num_threads()), [&](int64_t begin, int64_t end, int64_t) {
+    int8_t* x_q = scratch.row_q.get() + worker.index() * inner_size;
     size_t index = 0;
     for (int64_t row = begin; row < end; ++row) {
       while (groups.offsets[groups.active[index] + 1] <= row) ++index;
-      float* inner = scratch.inner.get() + row * scratch.inner_stride;
+      float* inner_row = inner + row * stride;
       const float* weight = experts.norm_weight + groups.active[index] * inner_size;
-      k.rms_norm_row(inner, weight, experts.norm_eps, inner_size, inner);
+      k.rms_norm_row(inner_row, weight, experts.norm_eps, inner_size, inner_row);
       int32_t sum;
-      const float scale = k.quantize_row(inner, inner_size, x_q, &sum);
+      const float scale = k.quantize_row(inner_row, inner_size, x_q, &sum);
       scratch.inner_columns.set_row(groups, row, x_q, inner_size, sum, scale);
     }
   });
 
-  multiply_groups(k, team, down, groups, scratch.inner_columns, expanded,
-                  [&](int64_t row, int64_t feature, const float* values, int64_t count) {
+  multiply_groups(k, worker, down, groups, scratch.inner_columns, expanded,
+                  [&](int64_t row, int64_t feature, const float* values, int64_t features) {
                     std::memcpy(output + row * hidden_size + feature, values,
-                                static_cast<size_t>(count) * sizeof(float));
+                                static_cast<size_t>(features) * sizeof(float));
                   });
 }
 
@@ -87,7 +102,6 @@ extern "C" void ternary_expert_ffn(const int8_t* x_q, const float* x_scale, cons
   num_threads = useful_threads(num_threads, 3 * num_rows * experts->gate.out_features * experts->gate.in_features);
   ExpertScratch scratch(*experts, num_rows, num_threads);
   const SourceRows rows{x_q, x_scale, experts->gate.in_features, nullptr};
-  run_team(num_threads, [&](Team& team, int thread_index) {
-    run_experts(k, team, thread_index, *experts, groups, rows, num_rows, scratch, output);
-  });
+  run_team(num_threads,
+           [&](Worker& worker) { run_experts(k, worker, *experts, groups, rows, num_rows, scratch, output); });
 }

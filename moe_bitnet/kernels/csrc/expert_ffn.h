@@ -36,10 +36,7 @@ class SortedColumns {
  public:
   SortedColumns() = default;
   SortedColumns(int64_t max_rows, int64_t num_quads)
-      : num_quads_(num_quads),
-        data_(Columns::num_bytes(max_rows, num_quads)),
-        sums_(max_rows),
-        scales_(max_rows) {}
+      : num_quads_(num_quads), data_(Columns::num_bytes(max_rows, num_quads)), sums_(max_rows), scales_(max_rows) {}
 
   Columns of(int64_t first, int64_t num_rows) const {
     return Columns(data_.get() + Columns::num_bytes(first, num_quads_), sums_.get() + first, num_rows, num_quads_);
@@ -55,7 +52,7 @@ class SortedColumns {
   }
 
   // The team fills all rows.
-  void fill(const Kernels& k, Team& team, const Groups& groups, int64_t num_rows, const SourceRows& rows);
+  void fill(const Kernels& k, Worker& worker, const Groups& groups, int64_t num_rows, const SourceRows& rows);
 
  private:
   int64_t num_quads_ = 0;
@@ -64,20 +61,50 @@ class SortedColumns {
   Buffer<float> scales_;
 };
 
+// The row blocks of all active experts, numbered one after the other.
+class GroupBlocks {
+ public:
+  GroupBlocks(const Matrices& matrices, const Groups& groups) : matrices_(matrices), groups_(groups) {}
+
+  int64_t count() const { return matrices_.num_blocks() * static_cast<int64_t>(groups_.active.size()); }
+  int64_t expert(int64_t item) const { return groups_.active[static_cast<size_t>(item / matrices_.num_blocks())]; }
+  int64_t block(int64_t item) const { return item % matrices_.num_blocks(); }
+  const uint8_t* data(const Matrices& matrices, int64_t item) const {
+    return matrices.block(expert(item), block(item));
+  }
+
+ private:
+  const Matrices& matrices_;
+  const Groups& groups_;
+};
+
+// Multiplies the blocks begin to end and calls take(sorted row, block, values) for each product; `then` is what the
+// thread reads afterwards.
+template <class Take>
+void multiply_items(const Kernels& k, const Matrices& matrices, const Groups& groups, int64_t begin, int64_t end,
+                    const uint8_t* then, const SortedColumns& columns, uint8_t* expanded, Take&& take) {
+  const GroupBlocks items(matrices, groups);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t expert = items.expert(item), block = items.block(item), first = groups.offsets[expert];
+    const uint8_t* following = item + 1 < end ? items.data(matrices, item + 1) : then;
+    multiply_block_rescaled(k, matrices, items.data(matrices, item), following, matrices.scale(expert),
+                            columns.of(first, groups.offsets[expert + 1] - first), columns.scales(first), expanded,
+                            [&](int64_t row, const float* values) { take(first + row, block, values); });
+  }
+}
+
 // Calls take(sorted row, first output feature, values, number of features) for all products of the active experts.
 template <class Take>
-void multiply_groups(const Kernels& k, Team& team, const Matrices& matrices, const Groups& groups,
+void multiply_groups(const Kernels& k, Worker& worker, const Matrices& matrices, const Groups& groups,
                      const SortedColumns& columns, uint8_t* expanded, Take&& take) {
-  const int64_t blocks = matrices.num_blocks(), items = blocks * static_cast<int64_t>(groups.active.size());
-  team.for_each_piece(items, piece_of(items, team.num_threads()), [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t expert = groups.active[static_cast<size_t>(item / blocks)], block = item % blocks;
-      const int64_t first = groups.offsets[expert], feature = block * kRowsPerBlock;
-      const Columns rows = columns.of(first, groups.offsets[expert + 1] - first);
-      multiply_block_rescaled(
-          k, matrices, expert, block, rows, columns.scales(first), expanded,
-          [&](int64_t row, const float* values) { take(first + row, feature, values, matrices.block_rows(block)); });
-    }
+  const GroupBlocks items(matrices, groups);
+  const int64_t count = items.count();
+  worker.for_each_piece(count, piece_of(count, worker.num_threads()), [&](int64_t begin, int64_t end, int64_t next) {
+    const uint8_t* then = items.data(matrices, next < count ? next : begin);
+    multiply_items(k, matrices, groups, begin, end, then, columns, expanded,
+                   [&](int64_t row, int64_t block, const float* values) {
+                     take(row, block * kRowsPerBlock, values, matrices.block_rows(block));
+                   });
   });
 }
 
@@ -85,8 +112,8 @@ void multiply_groups(const Kernels& k, Team& team, const Matrices& matrices, con
 struct ExpertScratch {
   ExpertScratch(const ternary_experts& experts, int64_t max_rows, int num_threads);
 
-  int64_t expanded_bytes;    // of one thread
-  int64_t inner_stride;      // floats from one inner row to the next
+  int64_t expanded_bytes;  // of one thread
+  int64_t inner_stride;    // floats from one inner row to the next
   SortedColumns input, inner_columns;
   Buffer<float> inner;       // [max_rows][inner_stride]
   Buffer<uint8_t> expanded;  // [num_threads][expanded_bytes]
@@ -94,7 +121,7 @@ struct ExpertScratch {
 };
 
 // Every thread of the team calls this. output [num_rows][hidden_size] is in sorted order, unweighted.
-void run_experts(const Kernels& k, Team& team, int thread_index, const ternary_experts& experts, const Groups& groups,
+void run_experts(const Kernels& k, Worker& worker, const ternary_experts& experts, const Groups& groups,
                  const SourceRows& rows, int64_t num_rows, ExpertScratch& scratch, float* output);
 
 }  // namespace ternary

@@ -12,10 +12,15 @@ namespace ternary {
 
 enum Isa : int32_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
 
-// Where a dot kernel fetches ahead while it walks a block: `step` bytes a line, from `start`.
+// What a dot kernel fetches ahead while it walks the lines of a block: line i fetches near + i * step, and from
+// switch_line on far + i * step. Addresses, not pointers: they are never read through.
 struct Prefetch {
-  const uint8_t* start;
-  int64_t step;
+  uintptr_t near, far;
+  int64_t step, switch_line;
+
+  uintptr_t address(int64_t line) const {
+    return (line < switch_line ? near : far) + static_cast<uintptr_t>(line * step);
+  }
 };
 
 struct Kernels {
@@ -50,8 +55,8 @@ struct Kernels {
   void (*head_float32)(const float* x, const float* weight, int64_t num_rows, int64_t count, float* output);
   void (*head_bfloat16)(const float* x, const uint16_t* weight, int64_t num_rows, int64_t count, float* output);
   // output[r] = float(x_q . weight[r]) * (x_scale * scale[r]); row_sums[r] is the sum of weight[r].
-  void (*head_int8)(const int8_t* x_q, float x_scale, const int8_t* weight, const float* scale,
-                    const int32_t* row_sums, int64_t num_rows, int64_t count, float* output);
+  void (*head_int8)(const int8_t* x_q, float x_scale, const int8_t* weight, const float* scale, const int32_t* row_sums,
+                    int64_t num_rows, int64_t count, float* output);
 
   // Attention of some query rows of one key/value head over a run of positions; attention.h says more.
   void (*attend)(const struct AttentionTask& task);
@@ -67,7 +72,7 @@ struct Kernels {
 const Kernels& kernels();
 
 const Kernels& scalar_kernels();
-const Kernels* avx2_kernels();    // null where the compiler's target is not x86
+const Kernels* avx2_kernels();  // null where the compiler's target is not x86
 const Kernels* avx512_kernels();
 
 }  // namespace ternary

@@ -73,7 +73,7 @@ TERNARY_INLINE void dot(__m512i& sum, __m512i unsigned_bytes, __m512i signed_byt
 TERNARY_INLINE __m512i load_line(const uint8_t* line) { return _mm512_loadu_si512(line); }
 
 template <int kColumns>
-TERNARY_INLINE void fetch(const uint8_t* address) {
+TERNARY_INLINE void fetch(uintptr_t address) {
   // one column streams from memory into L1; several columns walk a block that waits in L2
   if constexpr (kColumns == 1) {
     _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
@@ -116,17 +116,15 @@ void dot_two_bit_columns(const uint8_t* lines, int64_t num_quads, const int8_t* 
   int64_t q = 0;
   for (; q + kUnroll <= num_quads; q += kUnroll) {
     unroll<kUnroll>([&](auto u) TERNARY_LAMBDA {
-      fetch<kColumns>(prefetch.start + (q + u) * prefetch.step);
+      fetch<kColumns>(prefetch.address(q + u));
       multiply_line<kColumns>(load_line(lines + (q + u) * kLineBytes), quads + (q + u) * kColumns, sums[u]);
     });
   }
-  for (; q < num_quads; ++q)
-    multiply_line<kColumns>(load_line(lines + q * kLineBytes), quads + q * kColumns, sums[0]);
+  for (; q < num_quads; ++q) multiply_line<kColumns>(load_line(lines + q * kLineBytes), quads + q * kColumns, sums[0]);
   unroll<kUnroll - 1>([&](auto u) TERNARY_LAMBDA {
     unroll<4>([&](auto p) TERNARY_LAMBDA {
-      unroll<kColumns>([&](auto c) TERNARY_LAMBDA {
-        sums[0][p][c] = _mm512_add_epi32(sums[0][p][c], sums[u + 1][p][c]);
-      });
+      unroll<kColumns>([&](auto c)
+                           TERNARY_LAMBDA { sums[0][p][c] = _mm512_add_epi32(sums[0][p][c], sums[u + 1][p][c]); });
     });
   });
   store_sums<kColumns>(sums[0], output);
@@ -172,7 +170,7 @@ void dot_base3_columns(const uint8_t* lines, int64_t num_quads, const int8_t* co
     const int32_t* group_quads = quads + g * kQuadsPerGroup * kColumns;
     __m512i rest[4];
     unroll<4>([&](auto j) TERNARY_LAMBDA {
-      fetch<kColumns>(prefetch.start + (g * kLinesPerGroup + j) * prefetch.step);
+      fetch<kColumns>(prefetch.address(g * kLinesPerGroup + j));
       const SplitLine parts = split(load_line(group + j * kLineBytes), low, high);
       rest[j] = parts.rest;
       multiply_line<kColumns>(parts.fields, group_quads + j * kColumns, sums);
@@ -194,7 +192,7 @@ void dot_base3_one(const uint8_t* lines, int64_t num_quads, const int8_t* column
     const int32_t* group_quads = quads + g * kQuadsPerGroup;
     const __m512i fifth = _mm512_set1_epi32(group_quads[4]);
     unroll<4>([&](auto j) TERNARY_LAMBDA {
-      fetch<1>(prefetch.start + (g * kLinesPerGroup + j) * prefetch.step);
+      fetch<1>(prefetch.address(g * kLinesPerGroup + j));
       const SplitLine parts = split(load_line(group + j * kLineBytes), low, high);
       const __m512i x = _mm512_set1_epi32(group_quads[j]);
       unroll<4>([&](auto p) TERNARY_LAMBDA { dot(sums[j % 2][p], field(parts.fields, p), x); });

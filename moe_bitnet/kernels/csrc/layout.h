@@ -5,13 +5,13 @@
 
 namespace ternary {
 
-constexpr int64_t kRowsPerBlock = 64;    // rows of a weight matrix that one kernel call multiplies
-constexpr int64_t kLineBytes = 64;       // one vector register of packed weights
-constexpr int64_t kQuad = 4;             // inputs that one lane of an integer dot product takes
-constexpr int64_t kQuadsPerGroup = 5;    // base-3: 20 inputs in four lines
-constexpr int64_t kLinesPerGroup = 4;    // base-3
+constexpr int64_t kRowsPerBlock = 64;       // rows of a weight matrix that one kernel call multiplies
+constexpr int64_t kLineBytes = 64;          // one vector register of packed weights
+constexpr int64_t kQuad = 4;                // inputs that one lane of an integer dot product takes
+constexpr int64_t kQuadsPerGroup = 5;       // base-3: 20 inputs in four lines
+constexpr int64_t kLinesPerGroup = 4;       // base-3
 constexpr int64_t kMaxInFeatures = 131071;  // beyond, a float32 does not hold every sum exactly
-constexpr int kMaxColumns = 6;           // 64 rows x 6 columns fill 24 of 32 vector registers with sums
+constexpr int kMaxColumns = 6;              // 64 rows x 6 columns fill 24 of 32 vector registers with sums
 
 enum Layout : int32_t { kTwoBit = 0, kBase3 = 1 };
 

@@ -23,9 +23,9 @@ extern "C" void ternary_grouped_linear(const int8_t* x_q, const float* x_scale, 
   SortedColumns columns(num_rows, matrices.num_quads());
   Buffer<uint8_t> expanded(num_threads * matrices.expanded_bytes());
   const SourceRows rows{x_q, x_scale, matrices.in_features(), nullptr};
-  run_team(num_threads, [&](Team& team, int thread_index) {
-    columns.fill(k, team, groups, num_rows, rows);
-    multiply_groups(k, team, matrices, groups, columns, expanded.get() + thread_index * matrices.expanded_bytes(),
+  run_team(num_threads, [&](Worker& worker) {
+    columns.fill(k, worker, groups, num_rows, rows);
+    multiply_groups(k, worker, matrices, groups, columns, expanded.get() + worker.index() * matrices.expanded_bytes(),
                     [&](int64_t row, int64_t feature, const float* values, int64_t count) {
                       std::memcpy(output + row * out_features + feature, values,
                                   static_cast<size_t>(count) * sizeof(float));
@@ -38,8 +38,8 @@ extern "C" void ternary_quantize(const float* x, int64_t num_rows, int64_t num_f
   using namespace ternary;
   const Kernels& k = kernels();
   num_threads = useful_threads(num_threads, num_rows * num_features * kFloatStepWork);
-  run_team(num_threads, [&](Team& team, int) {
-    team.for_each_piece(num_rows, piece_of(num_rows, num_threads), [&](int64_t begin, int64_t end) {
+  run_team(num_threads, [&](Worker& worker) {
+    worker.for_each_piece(num_rows, piece_of(num_rows, num_threads), [&](int64_t begin, int64_t end, int64_t) {
       for (int64_t row = begin; row < end; ++row)
         scale[row] = k.quantize_row(x + row * num_features, num_features, x_q + row * num_features, nullptr);
     });
@@ -52,9 +52,9 @@ extern "C" void ternary_rms_norm_quantize(const float* x, const float* norm_weig
   const Kernels& k = kernels();
   num_threads = useful_threads(num_threads, num_rows * num_features * kFloatStepWork);
   Buffer<float> normed(num_threads * num_features);
-  run_team(num_threads, [&](Team& team, int thread_index) {
-    float* row_normed = normed.get() + thread_index * num_features;
-    team.for_each_piece(num_rows, piece_of(num_rows, num_threads), [&](int64_t begin, int64_t end) {
+  run_team(num_threads, [&](Worker& worker) {
+    float* row_normed = normed.get() + worker.index() * num_features;
+    worker.for_each_piece(num_rows, piece_of(num_rows, num_threads), [&](int64_t begin, int64_t end, int64_t) {
       for (int64_t row = begin; row < end; ++row) {
         k.rms_norm_row(x + row * num_features, norm_weight, eps, num_features, row_normed);
         scale[row] = k.quantize_row(row_normed, num_features, x_q + row * num_features, nullptr);

@@ -48,44 +48,73 @@ class Matrices {
 // From this many columns on a base-3 block is turned into 2 bits once instead of once a tile of columns.
 constexpr int64_t kExpandFromColumns = 2 * kMaxColumns + 1;
 
-// Multiplies one row block with every column and hands each tile's integer sums to take(tile, sums).
-//   expanded   scratch of Matrices::expanded_bytes()
-template <class Take>
-void multiply_block(const Kernels& k, const Matrices& matrices, int64_t matrix, int64_t index, const Columns& columns,
-                    uint8_t* expanded, Take&& take) {
-  constexpr int64_t kNear = 4096;  // bytes ahead of a stream from memory
-  const uint8_t* block = matrices.block(matrix, index);
-  const uint8_t* following = block + matrices.num_block_bytes();
+// How far ahead of a stream from memory to fetch.
+constexpr int64_t kFetchAhead = 4096;
+
+// A single pass over a block streams it, and fetches the beginning of the next block while it reads the end of this.
+inline Prefetch stream(const uint8_t* lines, int64_t num_lines, const uint8_t* next) {
+  const uintptr_t end = static_cast<uintptr_t>(num_lines * kLineBytes);
+  return {reinterpret_cast<uintptr_t>(lines) + kFetchAhead, reinterpret_cast<uintptr_t>(next) + kFetchAhead - end,
+          kLineBytes, num_lines - kFetchAhead / kLineBytes};
+}
+
+// Of several passes over a block each fetches its share of the following block into L2.
+inline Prefetch share_of_next(const uint8_t* following, int64_t num_bytes, int64_t num_lines, int64_t pass,
+                              int64_t num_passes) {
+  const int64_t share = num_bytes / num_passes, step = share / num_lines;
+  return {reinterpret_cast<uintptr_t>(following) + static_cast<uintptr_t>(share * pass), 0, step > 0 ? step : 1,
+          num_lines};
+}
+
+// Multiplies a row block of each of some matrices of one shape with every column, tile by tile, and hands the integer
+// sums to take(tile, sums): those of matrix i begin at sums[i * kTileSums].
+//   blocks     of the matrices; they are read one after the other
+//   following  the block that this thread reads afterwards
+//   expanded   scratch of Matrices::expanded_bytes() for each matrix
+constexpr int64_t kTileSums = kMaxColumns * kRowsPerBlock;
+
+template <int kMatrices, class Take>
+void multiply_blocks(const Kernels& k, const Matrices& matrices, const uint8_t* const (&blocks)[kMatrices],
+                     const uint8_t* following, const Columns& columns, uint8_t* expanded, Take&& take) {
   const int64_t num_tiles = columns.num_tiles(), num_quads = matrices.num_quads();
-  auto dot = matrices.layout() == kTwoBit ? k.dot_two_bit : k.dot_base3;
-  if (matrices.layout() == kBase3 && columns.num_rows() >= kExpandFromColumns) {
-    k.expand_base3(block, num_quads, expanded);
-    block = expanded;
-    dot = k.dot_two_bit;
+  const int64_t num_bytes = matrices.num_block_bytes();
+  const bool is_expanded = matrices.layout() == kBase3 && columns.num_rows() >= kExpandFromColumns;
+  const uint8_t* lines[kMatrices];
+  for (int i = 0; i < kMatrices; ++i) {
+    lines[i] = blocks[i];
+    if (!is_expanded) continue;
+    uint8_t* two_bit = expanded + i * matrices.expanded_bytes();
+    k.expand_base3(blocks[i], num_quads, two_bit);
+    lines[i] = two_bit;
   }
-  alignas(64) int32_t sums[kMaxColumns * kRowsPerBlock];
+  const auto dot = is_expanded || matrices.layout() == kTwoBit ? k.dot_two_bit : k.dot_base3;
+  const int64_t num_lines = is_expanded ? num_quads : num_bytes / kLineBytes;
+  alignas(64) int32_t sums[kMatrices * kTileSums];
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
-    // One pass streams; several passes fetch the next block into L2 while they compute, each its share.
-    const Prefetch prefetch = num_tiles == 1
-                                  ? Prefetch{block + kNear, kLineBytes}
-                                  : Prefetch{following + matrices.num_block_bytes() * tile / num_tiles,
-                                             kLineBytes / (num_tiles < kLineBytes ? num_tiles : kLineBytes)};
-    dot(block, num_quads, columns.tile_data(tile), columns.num_columns(tile), sums, prefetch);
+    for (int i = 0; i < kMatrices; ++i) {
+      const uint8_t* next = i + 1 < kMatrices ? blocks[i + 1] : following;
+      const Prefetch prefetch = num_tiles == 1 ? stream(lines[i], num_lines, next)
+                                               : share_of_next(following, num_bytes, num_lines, tile, num_tiles);
+      dot(lines[i], num_quads, columns.tile_data(tile), columns.num_columns(tile), sums + i * kTileSums, prefetch);
+    }
     take(tile, sums);
   }
 }
 
-// The same with results in float: calls take(row, values) for each row (column of the product), 64 values each.
-//   scales   of the rows' activations
+// The product of one matrix in float: calls take(row, values) for each row (column of the product), 64 values each.
+//   weight_scale  of the block's matrix
+//   scales        of the rows' activations
 template <class Take>
-void multiply_block_rescaled(const Kernels& k, const Matrices& matrices, int64_t matrix, int64_t index,
-                             const Columns& columns, const float* scales, uint8_t* expanded, Take&& take) {
-  multiply_block(k, matrices, matrix, index, columns, expanded, [&](int64_t tile, const int32_t* sums) {
+void multiply_block_rescaled(const Kernels& k, const Matrices& matrices, const uint8_t* block, const uint8_t* following,
+                             float weight_scale, const Columns& columns, const float* scales, uint8_t* expanded,
+                             Take&& take) {
+  const uint8_t* const blocks[1] = {block};
+  multiply_blocks(k, matrices, blocks, following, columns, expanded, [&](int64_t tile, const int32_t* sums) {
     const int64_t first = columns.first_row(tile);
     for (int c = 0; c < columns.num_columns(tile); ++c) {
       alignas(64) float values[kRowsPerBlock];
       const int64_t row = first + c;
-      k.rescale(sums + c * kRowsPerBlock, columns.row_sum(row), scales[row] * matrices.scale(matrix), values);
+      k.rescale(sums + c * kRowsPerBlock, columns.row_sum(row), scales[row] * weight_scale, values);
       take(row, values);
     }
   });

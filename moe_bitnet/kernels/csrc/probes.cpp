@@ -20,10 +20,11 @@ extern "C" double ternary_probe_read(const uint8_t* data, int64_t num_bytes, int
   const Kernels& k = kernels();
   constexpr int64_t kPiece = 1 << 20;
   const auto start = std::chrono::steady_clock::now();
-  run_team(num_threads, [&](Team& team, int) {
+  run_team(num_threads, [&](Worker& worker) {
     uint64_t folded = 0;
-    team.for_each_piece(num_bytes, kPiece,
-                        [&](int64_t begin, int64_t end) { folded ^= k.read_bytes(data + begin, end - begin); });
+    worker.for_each_piece(num_bytes, kPiece, [&](int64_t begin, int64_t end, int64_t) {
+      folded ^= k.read_bytes(data + begin, end - begin);
+    });
     volatile uint64_t keep = folded;
     (void)keep;
   });
@@ -35,7 +36,7 @@ extern "C" double ternary_probe_peak(int64_t iterations, int64_t* num_multiply_a
   const Kernels& k = kernels();
   std::atomic<int64_t> total{0};
   const auto start = std::chrono::steady_clock::now();
-  run_team(num_threads, [&](Team&, int) { total += k.integer_peak(iterations); });
+  run_team(num_threads, [&](Worker&) { total += k.integer_peak(iterations); });
   *num_multiply_adds = total;
   return seconds_since(start);
 }

@@ -59,8 +59,8 @@ struct ternary_experts {
   double norm_eps;
   int32_t activation;  // 0: SwiGLU, 1: squared ReLU
 };
-void ternary_expert_ffn(const int8_t* x_q, const float* x_scale, const ternary_experts* experts,
-                        const int64_t* offsets, float* output, int32_t num_threads);
+void ternary_expert_ffn(const int8_t* x_q, const float* x_scale, const ternary_experts* experts, const int64_t* offsets,
+                        float* output, int32_t num_threads);
 
 // What the machine gives, measured with the same instructions and threads as the kernels: seconds for reading a buffer
 // once, and seconds for num_multiply_adds (set by the call) integer multiply-adds in registers.

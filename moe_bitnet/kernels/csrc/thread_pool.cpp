@@ -31,14 +31,19 @@ inline void pause() {
 #endif
 }
 
+void run_alone(TeamBody body, void* context) {
+  Team team(1);
+  Worker caller(team, 0);
+  body(context, caller);
+}
+
 class Pool {
  public:
   void run(int num_threads, TeamBody body, void* context) {
     std::unique_lock<std::mutex> lock(in_use_, std::try_to_lock);
     num_threads = std::min(num_threads, kMaxThreads);
     if (num_threads <= 1 || !lock.owns_lock()) {
-      Team team(1);
-      body(context, team, 0);
+      run_alone(body, context);
       return;
     }
     while (static_cast<int>(workers_.size()) < num_threads - 1) {
@@ -54,7 +59,8 @@ class Pool {
     const uint32_t call = ticket_.load(std::memory_order_relaxed) / kTicketsPerCall + 1;
     ticket_.store(call * kTicketsPerCall + static_cast<uint32_t>(num_threads), std::memory_order_release);
     ticket_.notify_all();
-    body(context, team, 0);
+    Worker caller(team, 0);
+    body(context, caller);
     for (int spins = 0; num_running_.load(std::memory_order_acquire) != 0; ++spins) {
       if (spins < kSpinsBeforeYield) {
         pause();
@@ -71,7 +77,8 @@ class Pool {
       seen = ticket_.load(std::memory_order_acquire);
       // A call that counts this worker in cannot end without it, so the fields below are that call's.
       if (static_cast<uint32_t>(index) >= seen % kTicketsPerCall) continue;
-      body_(context_, *team_, index);
+      Worker worker(*team_, index);
+      body_(context_, worker);
       num_running_.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -116,14 +123,11 @@ Pool& current_pool() {
 }  // namespace
 
 void Team::wait_for_all() {
-  if (num_threads_ == 1) {
-    next_solo_ = 0;
-    return;
-  }
+  if (num_threads_ == 1) return;
   const uint32_t generation = generation_.load(std::memory_order_relaxed);
   if (num_arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
     num_arrived_.store(0, std::memory_order_relaxed);
-    next_.store(0, std::memory_order_relaxed);
+    next_piece_.store(0, std::memory_order_relaxed);
     generation_.store(generation + 1, std::memory_order_release);
     return;
   }
@@ -138,8 +142,7 @@ void Team::wait_for_all() {
 
 void run_team(int num_threads, TeamBody body, void* context) {
   if (num_threads <= 1) {
-    Team team(1);
-    body(context, team, 0);
+    run_alone(body, context);
     return;
   }
   current_pool().run(num_threads, body, context);

@@ -10,48 +10,67 @@
 
 namespace ternary {
 
-// The threads of one call: they hand out work and wait for each other.
+// What the threads of one call share.
 class Team {
  public:
   explicit Team(int num_threads) : num_threads_(num_threads) {}
 
   int num_threads() const { return num_threads_; }
-
-  // Calls body(begin, end) for pieces of [0, count) until none is left, then waits for the others.
-  // Pieces go to whoever is free, so that a thread that lost its core delays the call by one piece only.
-  template <class Body>
-  void for_each_piece(int64_t count, int64_t piece, Body&& body) {
-    for (;;) {
-      const int64_t begin = num_threads_ == 1 ? next_solo_ : next_.fetch_add(piece, std::memory_order_relaxed);
-      if (num_threads_ == 1) next_solo_ += piece;
-      if (begin >= count) break;
-      body(begin, begin + piece < count ? begin + piece : count);
-    }
-    wait_for_all();
-  }
-
-  // Returns once every thread of the team has come here; what they wrote before is visible afterwards.
+  // The next piece after those that threads begin with.
+  int64_t claim_piece() { return num_threads_ + next_piece_.fetch_add(1, std::memory_order_relaxed); }
   void wait_for_all();
 
  private:
   const int num_threads_;
-  int64_t next_solo_ = 0;
-  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int64_t> next_piece_{0};
   alignas(64) std::atomic<int32_t> num_arrived_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
 };
 
-using TeamBody = void (*)(void* context, Team& team, int thread_index);
+// One thread of a team.
+class Worker {
+ public:
+  Worker(Team& team, int index) : team_(team), index_(index) {}
+
+  int index() const { return index_; }
+  int num_threads() const { return team_.num_threads(); }
+
+  // Returns once every thread of the team has come here; what they wrote before is visible afterwards.
+  void wait_for_all() { team_.wait_for_all(); }
+
+  // Calls body(begin, end, next) for pieces of [0, count) until none is left, then waits for the others.
+  //
+  // A thread begins with the piece of its own index, so that it knows in advance what it will read first; the rest goes
+  // to whoever is free, so that a thread that lost its core delays the call by one piece only. next is where the
+  // thread's next piece begins (count if there is none): a stream from memory can go on there without a pause.
+  template <class Body>
+  void for_each_piece(int64_t count, int64_t piece, Body&& body) {
+    if (num_threads() == 1) {
+      if (count > 0) body(int64_t{0}, count, count);
+      return;
+    }
+    for (int64_t begin = index_ * piece; begin < count;) {
+      const int64_t claimed = team_.claim_piece() * piece, next = claimed < count ? claimed : count;
+      body(begin, begin + piece < count ? begin + piece : count, next);
+      begin = next;
+    }
+    wait_for_all();
+  }
+
+ private:
+  Team& team_;
+  const int index_;
+};
+
+using TeamBody = void (*)(void* context, Worker& worker);
 
 // Runs body on up to num_threads threads, the caller included, and returns when all are done.
 void run_team(int num_threads, TeamBody body, void* context);
 
-// The same for a callable (Team& team, int thread_index).
+// The same for a callable (Worker& worker).
 template <class Body>
 void run_team(int num_threads, Body&& body) {
-  run_team(
-      num_threads, [](void* context, Team& team, int thread_index) { (*static_cast<Body*>(context))(team, thread_index); },
-      &body);
+  run_team(num_threads, [](void* context, Worker& worker) { (*static_cast<Body*>(context))(worker); }, &body);
 }
 
 // Pieces small enough that a late thread costs little, large enough that threads read long runs of memory.

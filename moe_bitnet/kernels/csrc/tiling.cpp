@@ -63,9 +63,8 @@ void write_tiles(const uint8_t* codes, int64_t padded, Layout layout, uint8_t* l
       for (int64_t i = 0; i < kQuad; ++i) {
         const int64_t lane = r * kQuad + i;
         if (layout == kTwoBit) {
-          lines[quad * kLineBytes + lane] =
-              static_cast<uint8_t>(code(r, quad, i) | code(16 + r, quad, i) << 2 | code(32 + r, quad, i) << 4 |
-                                   code(48 + r, quad, i) << 6);
+          lines[quad * kLineBytes + lane] = static_cast<uint8_t>(
+              code(r, quad, i) | code(16 + r, quad, i) << 2 | code(32 + r, quad, i) << 4 | code(48 + r, quad, i) << 6);
           continue;
         }
         const int64_t group = quad / kQuadsPerGroup, j = quad % kQuadsPerGroup;
@@ -116,10 +115,10 @@ void write_portable(const uint8_t* codes, int64_t padded, int64_t num_rows, int6
 template <class Body>
 void for_each_block(int64_t num_matrices, int64_t out_features, int64_t padded, int num_threads, Body&& body) {
   const int64_t blocks = num_row_blocks(out_features);
-  run_team(num_threads, [&](Team& team, int) {
+  run_team(num_threads, [&](Worker& worker) {
     std::vector<uint8_t> codes(static_cast<size_t>(kRowsPerBlock * padded));
-    team.for_each_piece(num_matrices * blocks, 1, [&](int64_t begin, int64_t) {
-      body(begin / blocks, begin % blocks, codes.data());
+    worker.for_each_piece(num_matrices * blocks, 1, [&](int64_t begin, int64_t end, int64_t) {
+      for (int64_t item = begin; item < end; ++item) body(item / blocks, item % blocks, codes.data());
     });
   });
 }
@@ -127,8 +126,8 @@ void for_each_block(int64_t num_matrices, int64_t out_features, int64_t padded, 
 }  // namespace
 }  // namespace ternary
 
-extern "C" int64_t ternary_tile(const uint8_t* packed, int64_t num_matrices, int64_t out_features,
-                                int64_t in_features, int32_t layout_code, uint8_t* tiles, int32_t num_threads) {
+extern "C" int64_t ternary_tile(const uint8_t* packed, int64_t num_matrices, int64_t out_features, int64_t in_features,
+                                int32_t layout_code, uint8_t* tiles, int32_t num_threads) {
   using namespace ternary;
   const Layout layout = static_cast<Layout>(layout_code);
   const Codes table = make_codes(layout);

@@ -152,24 +152,27 @@ TERNARY_INLINE Double8 exp_of(Double8 x) {
   return series * (Double8)power;
 }
 
-void gate(const float* gate_values, const float* up, int64_t count, int32_t kind, float* output) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Float16 g = load_floats(gate_values + i, count - i), u = load_floats(up + i, count - i);
-    Float16 result;
-    if (kind == 1) {
-      const Float16 positive = g < 0.0F ? Float16{} : g;  // a NaN stays
-      result = positive * positive * u;
-    } else {
-      float lanes[kLanes], sigmoid[kLanes];
-      store(lanes, g);
-      for (int half = 0; half < 2; ++half) {
-        const Double8 x = __builtin_convertvector(load<Float8>(lanes + 8 * half), Double8);
-        store(sigmoid + 8 * half, __builtin_convertvector(1.0 / (1.0 + exp_of(-x)), Float8));
-      }
-      result = g * load<Float16>(sigmoid) * u;
-    }
-    store_floats(output + i, result, count - i);
+// Eight lanes at a time, so that no vector is put together from the halves that doubles come in.
+TERNARY_INLINE Float8 gate_lanes(Float8 g, Float8 u, int32_t kind) {
+  if (kind == 1) {
+    const Float8 positive = g < 0.0F ? Float8{} : g;  // a NaN stays
+    return positive * positive * u;
   }
+  const Double8 sigmoid = 1.0 / (1.0 + exp_of(-__builtin_convertvector(g, Double8)));
+  return g * __builtin_convertvector(sigmoid, Float8) * u;
+}
+
+void gate(const float* gate_values, const float* up, int64_t count, int32_t kind, float* output) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    store(output + i, gate_lanes(load<Float8>(gate_values + i), load<Float8>(up + i), kind));
+  if (i == count) return;
+  float lanes[3][8] = {};
+  const size_t bytes = static_cast<size_t>(count - i) * sizeof(float);
+  std::memcpy(lanes[0], gate_values + i, bytes);
+  std::memcpy(lanes[1], up + i, bytes);
+  store(lanes[2], gate_lanes(load<Float8>(lanes[0]), load<Float8>(lanes[1]), kind));
+  std::memcpy(output + i, lanes[2], bytes);
 }
 
 void rescale(const int32_t* sums, int32_t column_sum, float scale, float* output) {

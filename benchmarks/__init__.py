@@ -1,0 +1,1 @@
+"""Benchmarks: one script a subject, each ``python -m benchmarks.<name> [--quick] [--json]``."""

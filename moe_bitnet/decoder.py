@@ -10,6 +10,7 @@ Python is entered once a step, so at batch 1 the step runs at the speed of memor
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ from moe_bitnet.table import TABLE_FORMATS, Table, TableFormat, make_table
 from moe_bitnet.tiles import TiledTernary
 
 TOKENS_PER_TILE = 64  # of the key buffer; csrc/attention.h draws it
+MAX_TOKENS = 2**24
+"""The rotary embedding takes positions in float32, which holds every integer up to here."""
 _LANES = 16
 _PHASES = ("products", "attention", "head", "other")
 
@@ -63,8 +66,9 @@ class DecoderProfile:
 class PackedDecoder:
     """A packed model and the keys and values of one sequence.
 
-    The threads are those that torch has when it is made. Weights are shared with ``model``; tables are converted
-    copies, so a model that is dropped afterwards frees its float embedding.
+    The threads are those that torch has when it is made. Weights are shared with ``model``; tables of another format
+    than the model's are copies, so a model that is dropped afterwards frees its float embedding. Several decoders may
+    run at once in different Python threads; one decoder takes one call at a time.
 
     Args:
         model: packed (:func:`moe_bitnet.pack_model`, or a packed checkpoint), on the CPU, with its own experts.
@@ -85,9 +89,10 @@ class PackedDecoder:
         table_format: TableFormat = "float32",
         max_chunk_tokens: int = 256,
     ) -> None:
-        if max_tokens < 1 or max_chunk_tokens < 1:
+        if not 1 <= max_tokens <= MAX_TOKENS or max_chunk_tokens < 1:
             raise ConfigError(
-                f"PackedDecoder: max_tokens is {max_tokens} and max_chunk_tokens {max_chunk_tokens}; give at least 1."
+                f"PackedDecoder: max_tokens is {max_tokens} and max_chunk_tokens {max_chunk_tokens}; "
+                f"give 1 to {MAX_TOKENS} tokens, and chunks of at least 1."
             )
         if table_format not in TABLE_FORMATS:
             raise ConfigError(f"PackedDecoder: table_format is {table_format!r}; allowed: {', '.join(TABLE_FORMATS)}.")
@@ -99,6 +104,7 @@ class PackedDecoder:
         self._max_rows = min(max_chunk_tokens, max_tokens)
         self._length = 0
         self._kept: list[object] = []  # whatever the library has a pointer to
+        self._expert_bytes = 0  # one routed expert of every layer
         self._library = load_kernel_library()
         self._handle: int | None = None
         structure = self._model_structure(model)
@@ -127,6 +133,16 @@ class PackedDecoder:
         """Bytes of all weights that a step may read: ternary, tables, norms and routers."""
         tensors = [kept for kept in self._kept if isinstance(kept, Tensor)]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+    @property
+    def active_weight_bytes(self) -> int:
+        """Bytes of the weights that one token reads: its experts alone, the head, and one row of the embedding."""
+        config = self.config
+        idle_experts = config.num_experts - config.top_k
+        table_bytes = self._embedding.num_bytes
+        row_bytes = table_bytes // config.vocab_size
+        idle_table_bytes = 0 if config.has_tied_embeddings else table_bytes - row_bytes
+        return self.weight_bytes - idle_experts * self._expert_bytes - idle_table_bytes
 
     def append(self, token_ids: Sequence[int]) -> Tensor:
         """Add tokens to the sequence and score the one after them.
@@ -198,6 +214,9 @@ class PackedDecoder:
         self._library.ternary_decoder_profile(self._handle, seconds)
         return DecoderProfile(*seconds)
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("PackedDecoder owns memory of the library: it cannot be copied or pickled. Make another one.")
+
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
             self._library.ternary_decoder_destroy(self._handle)
@@ -221,7 +240,7 @@ class PackedDecoder:
         for index, block in enumerate(model.blocks):
             assert isinstance(block, Block)
             layers[index] = self._layer_structure(block)
-        embedding = make_table(model.embedding.weight, self.table_format)
+        embedding = self._embedding = make_table(model.embedding.weight, self.table_format)
         head = embedding if config.has_tied_embeddings else make_table(model.lm_head.weight, self.table_format)
         return ModelStructure(
             config.num_layers,
@@ -252,7 +271,7 @@ class PackedDecoder:
             self._norm_pointer(attention.o_proj.norm),
             self._norm_pointer(moe.norm),
             self._float_pointer(moe.router.weight),
-            self._experts(moe.experts),
+            self._routed_experts(moe.experts),
             shared,
         )
 
@@ -270,6 +289,13 @@ class PackedDecoder:
             self._kept += [matrix.tiles, matrix.weight_scale]
         self._kept.append(weights.norm_weight)
         return experts_structure(weights)
+
+    def _routed_experts(self, experts: object) -> ExpertsStructure:
+        assert isinstance(experts, PackedExperts)
+        weights = experts.weights
+        held_bytes = weights.gate.num_bytes + weights.up.num_bytes + weights.down.num_bytes + weights.norm_weight.nbytes
+        self._expert_bytes += held_bytes // experts.num_experts
+        return self._experts(experts)
 
     def _norm_pointer(self, norm: nn.Module) -> int | None:
         return self._float_pointer(norm.weight) if isinstance(norm, RMSNorm) else None
@@ -291,8 +317,13 @@ class PackedDecoder:
         padded_dim = -(-config.head_dim // _LANES) * _LANES
         num_tiles = -(-self.max_tokens // TOKENS_PER_TILE)
         heads = (config.num_layers, config.num_kv_heads)
-        self._key = torch.zeros(*heads, num_tiles, padded_dim, TOKENS_PER_TILE, dtype=torch.float16)
-        self._value = torch.zeros(*heads, num_tiles * TOKENS_PER_TILE, padded_dim, dtype=torch.float16)
+        try:
+            self._key = torch.zeros(*heads, num_tiles, padded_dim, TOKENS_PER_TILE, dtype=torch.float16)
+            self._value = torch.zeros(*heads, num_tiles * TOKENS_PER_TILE, padded_dim, dtype=torch.float16)
+        except RuntimeError as error:  # what torch raises when memory is refused
+            raise BackendError(
+                f"PackedDecoder: no memory for keys and values of {self.max_tokens} tokens. Lower max_tokens."
+            ) from error
         positions = torch.arange(num_tiles * TOKENS_PER_TILE)
         self._rotary = [
             table.squeeze(1).contiguous() for table in rotary_tables(positions, config.head_dim, config.rope_theta)

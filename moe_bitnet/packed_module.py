@@ -52,6 +52,11 @@ class PackedModule(nn.Module):
             self.register_buffer(f"{name}_tiles", None, persistent=False)
             self.register_buffer(f"{name}_scale", torch.ones(*leading, 1, 1))
 
+    @property
+    def matrix_sizes(self) -> dict[str, MatrixSizes]:
+        """The weights held here, by name."""
+        return dict(self._matrix_sizes)
+
     def set_matrix(self, name: str, weight_packed: torch.Tensor, weight_scale: torch.Tensor) -> None:
         """Take other portable bytes and their scale."""
         self._buffers[f"{name}_packed"] = weight_packed

@@ -91,6 +91,8 @@ class Decoder {
         partial_(max_splits_ * model.num_heads * padded_dim_),
         partial_maximum_(max_splits_ * model.num_heads),
         partial_sum_(max_splits_ * model.num_heads),
+        moe_input_(max_rows * model.hidden_size),
+        router_logits_(max_rows * model.num_experts),
         moe_q_(max_rows * model.hidden_size),
         moe_scale_(max_rows),
         route_(max_rows, model.num_experts, model.top_k),
@@ -270,7 +272,8 @@ class Decoder {
   void project(const Walk& walk, const ternary_layer& layer, int num_inputs) {
     const Projections items(layer);
     const int64_t first_features[3] = {0, query_size_, query_size_ + kv_size_};
-    const int64_t count = items.count(), piece = piece_of(count, walk.worker.num_threads());
+    const int64_t count = items.count();
+    const int64_t piece = piece_of_blocks(count, walk.worker.num_threads(), items.matrices[0].num_block_bytes());
     walk.worker.for_each_piece(count, piece, [&](int64_t begin, int64_t end, int64_t next) {
       for (int64_t item = begin; item < end; ++item) {
         const int i = items.matrix_of(item);
@@ -382,11 +385,18 @@ class Decoder {
   void moe(const Walk& walk, const ternary_layer& layer) {
     const int64_t hidden_size = model_.hidden_size;
     for_each_row(walk, walk.num_tokens, [&](int64_t row) {
-      float* normed = temporary(walk);
+      float* normed = moe_input_.get() + row * hidden_size;
       walk.k.rms_norm_row(hidden(row), layer.moe_norm, model_.norm_eps, hidden_size, normed);
       moe_scale_[row] = walk.k.quantize_row(normed, hidden_size, moe_q_.get() + row * hidden_size, nullptr);
-      choose_experts(walk, layer, row, normed);
     });
+    // a single token's router is shared by all threads: it is a matrix of float32
+    const int64_t num_experts = model_.num_experts;
+    for_each_row(walk, walk.num_tokens * num_experts, [&](int64_t item) {
+      const float* normed = moe_input_.get() + item / num_experts * hidden_size;
+      const float* scores = layer.router + item % num_experts * hidden_size;
+      router_logits_[item] = walk.k.dot_float(normed, scores, hidden_size);
+    });
+    for_each_row(walk, walk.num_tokens, [&](int64_t row) { choose_experts(row); });
     if (walk.worker.index() == 0) {
       route_.sort(walk.num_tokens);
       visit_all(walk.num_tokens);
@@ -435,21 +445,19 @@ class Decoder {
     }
   }
 
-  void choose_experts(const Walk& walk, const ternary_layer& layer, int64_t row, const float* normed) {
-    const int64_t count = model_.num_experts, top_k = model_.top_k;
-    std::vector<float> logits(static_cast<size_t>(count));
-    for (int64_t e = 0; e < count; ++e)
-      logits[static_cast<size_t>(e)] =
-          walk.k.dot_float(normed, layer.router + e * model_.hidden_size, model_.hidden_size);
+  // The best experts of a token, best first, with the softmax over them; its logits are used up.
+  void choose_experts(int64_t row) {
+    const int64_t top_k = model_.top_k;
+    float* logits = router_logits_.get() + row * model_.num_experts;
     int64_t* ids = route_.expert_ids.get() + row * top_k;
     float* weights = route_.weights.get() + row * top_k;
-    float total = 0;
     for (int64_t choice = 0; choice < top_k; ++choice) {
-      const auto best = std::max_element(logits.begin(), logits.end());
-      ids[choice] = best - logits.begin();
+      float* best = std::max_element(logits, logits + model_.num_experts);
+      ids[choice] = best - logits;
       weights[choice] = *best;
       *best = -std::numeric_limits<float>::infinity();
     }
+    float total = 0;
     const float largest = weights[0];
     for (int64_t choice = 0; choice < top_k; ++choice) total += weights[choice] = std::exp(weights[choice] - largest);
     for (int64_t choice = 0; choice < top_k; ++choice) weights[choice] /= total;
@@ -496,7 +504,9 @@ class Decoder {
   Buffer<float> query_;         // [rows][heads][padded_dim]
   Buffer<float> partial_;       // [splits or rows][heads][padded_dim]
   Buffer<float> partial_maximum_, partial_sum_;
-  Buffer<int8_t> moe_q_;  // [rows][hidden_size]
+  Buffer<float> moe_input_;      // [rows][hidden_size], normalized
+  Buffer<float> router_logits_;  // [rows][experts]
+  Buffer<int8_t> moe_q_;         // [rows][hidden_size]
   Buffer<float> moe_scale_;
   Route route_, shared_;
   Buffer<float> expert_output_, shared_output_;

@@ -61,7 +61,8 @@ void run_experts(const Kernels& k, Worker& worker, const ternary_experts& expert
 
   const GroupBlocks items(gate, groups);
   const int64_t count = items.count();
-  worker.for_each_piece(count, piece_of(count, worker.num_threads()), [&](int64_t begin, int64_t end, int64_t next) {
+  const int64_t piece = piece_of_blocks(count, worker.num_threads(), 2 * gate.num_block_bytes());
+  worker.for_each_piece(count, piece, [&](int64_t begin, int64_t end, int64_t next) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t following = item + 1 < end ? item + 1 : next < count ? next : item;
       multiply_gate_up(k, experts, groups, item, items.data(gate, following), scratch, expanded);

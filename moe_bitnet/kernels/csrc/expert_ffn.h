@@ -99,7 +99,8 @@ void multiply_groups(const Kernels& k, Worker& worker, const Matrices& matrices,
                      const SortedColumns& columns, uint8_t* expanded, Take&& take) {
   const GroupBlocks items(matrices, groups);
   const int64_t count = items.count();
-  worker.for_each_piece(count, piece_of(count, worker.num_threads()), [&](int64_t begin, int64_t end, int64_t next) {
+  const int64_t piece = piece_of_blocks(count, worker.num_threads(), matrices.num_block_bytes());
+  worker.for_each_piece(count, piece, [&](int64_t begin, int64_t end, int64_t next) {
     const uint8_t* then = items.data(matrices, next < count ? next : begin);
     multiply_items(k, matrices, groups, begin, end, then, columns, expanded,
                    [&](int64_t row, int64_t block, const float* values) {

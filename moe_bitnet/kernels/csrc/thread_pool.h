@@ -79,6 +79,15 @@ inline int64_t piece_of(int64_t count, int num_threads) {
   return piece > 1 ? piece : 1;
 }
 
+// The same for row blocks of so many bytes that are read for one tile of rows: a piece of a large matrix is no longer
+// than it takes to hide a jump in memory.
+inline int64_t piece_of_blocks(int64_t count, int num_threads, int64_t block_bytes) {
+  constexpr int64_t kRun = 256 << 10;
+  const int64_t longest = kRun / block_bytes > 1 ? kRun / block_bytes : 1;
+  const int64_t piece = piece_of(count, num_threads);
+  return piece < longest ? piece : longest;
+}
+
 // Work of one element of a norm, quantization or activation in multiply-adds of an integer product.
 constexpr int64_t kFloatStepWork = 64;
 

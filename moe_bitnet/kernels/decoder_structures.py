@@ -1,4 +1,4 @@
-"""The structures of the fused decoder's C interface (``csrc/decoder.h``).
+"""The structures of the fused decoder's C interface (``csrc/ternary_decoder.h``).
 
 They hold bare pointers: whoever fills them keeps the tensors alive while the decoder is used.
 """

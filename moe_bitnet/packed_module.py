@@ -98,10 +98,13 @@ class PackedModule(nn.Module):
             destination[f"{prefix}{name}_packed"] = self.portable(name).weight_packed
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        is_arranged = all(self._buffers[f"{name}_tiles"] is not None for name in self._matrix_sizes)
         for name in self._matrix_sizes:
             packed = self.portable(name)
             self.set_matrix(name, packed.weight_packed, packed.weight_scale)
         super()._load_from_state_dict(*args, **kwargs)
+        if is_arranged:
+            self.arrange_weights()
 
 
 def arrange_weights(model: nn.Module) -> None:

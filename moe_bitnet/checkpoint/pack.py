@@ -2,7 +2,7 @@
 
 A trained model enters, the same model with :class:`PackedBitLinear` and
 :class:`PackedExperts` in place of the latent layers leaves. Its integers are those
-of training; its logits agree to float32 rounding.
+of training; without gradients its logits are those of the latent model, bit for bit.
 """
 
 import copy

@@ -32,7 +32,7 @@ from moe_bitnet.packing import PackedTernary, packed_width
 from moe_bitnet.tiles import TernaryMatrix, TiledTernary, block_bytes, num_row_blocks
 
 LIBRARY_NAME = "libternary.so"
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 3
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
 ISA_VARIABLE = "MOE_BITNET_ISA"
 
@@ -44,15 +44,15 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "ternary_untile": (None, (_POINTER, _INT64, _INT64, _INT64, _INT32, _POINTER, _INT32)),
     "ternary_quantize": (None, (_POINTER, _INT64, _INT64, _POINTER, _POINTER, _INT32)),
     "ternary_rms_norm_quantize": (
-        None,
+        _INT32,
         (_POINTER, _POINTER, ctypes.c_double, _INT64, _INT64, _POINTER, _POINTER, _INT32),
     ),
     "ternary_grouped_linear": (
-        None,
+        _INT32,
         (_POINTER, _POINTER, ctypes.POINTER(MatricesStructure), _POINTER, _POINTER, _INT32),
     ),
     "ternary_expert_ffn": (
-        None,
+        _INT32,
         (_POINTER, _POINTER, ctypes.POINTER(ExpertsStructure), _POINTER, _POINTER, _INT32),
     ),
     "ternary_probe_read": (ctypes.c_double, (_POINTER, _INT64, _INT32)),
@@ -153,7 +153,7 @@ class _Operations:
                 f"Give one gain a feature."
             )
         x_q, activation_scale = _empty_rows(x)
-        self._library.ternary_rms_norm_quantize(
+        status = self._library.ternary_rms_norm_quantize(
             rows.data_ptr(),
             gain.data_ptr(),
             eps,
@@ -163,6 +163,7 @@ class _Operations:
             activation_scale.data_ptr(),
             torch.get_num_threads(),
         )
+        _require_memory("rms_norm_quantize", status)
         return x_q, activation_scale
 
     def ternary_linear(self, x_q: Tensor, activation_scale: Tensor, weight: TernaryMatrix) -> Tensor:
@@ -179,7 +180,7 @@ class _Operations:
         rows, scales = _int8_rows("ternary_linear", x_q, activation_scale, tiled.in_features)
         offsets = _checked_offsets("ternary_linear", expert_offsets, structure.num_matrices, rows.shape[0])
         output = torch.empty((rows.shape[0], tiled.out_features), dtype=torch.float32)
-        self._library.ternary_grouped_linear(
+        status = self._library.ternary_grouped_linear(
             rows.data_ptr(),
             scales.data_ptr(),
             ctypes.byref(structure),
@@ -187,6 +188,7 @@ class _Operations:
             output.data_ptr(),
             torch.get_num_threads(),
         )
+        _require_memory("ternary_linear", status)
         return output
 
     def expert_ffn(
@@ -200,7 +202,7 @@ class _Operations:
         rows, scales = _int8_rows("expert_ffn", x_q, activation_scale, gate.in_features)
         offsets = _checked_offsets("expert_ffn", expert_offsets, experts.num_experts, rows.shape[0])
         output = torch.empty((rows.shape[0], down.out_features), dtype=torch.float32)
-        self._library.ternary_expert_ffn(
+        status = self._library.ternary_expert_ffn(
             rows.data_ptr(),
             scales.data_ptr(),
             ctypes.byref(structure),
@@ -208,6 +210,7 @@ class _Operations:
             output.data_ptr(),
             torch.get_num_threads(),
         )
+        _require_memory("expert_ffn", status)
         return output
 
     def tile(self, packed: PackedTernary) -> TiledTernary:
@@ -262,6 +265,11 @@ class _Operations:
 
     def _tiled(self, weight: TernaryMatrix) -> TiledTernary:
         return self.tile(weight) if isinstance(weight, PackedTernary) else weight
+
+
+def _require_memory(operation: str, status: int) -> None:
+    if status:
+        raise BackendError(f"{operation}: no memory for scratch. Give fewer rows at a time.")
 
 
 def _float_rows(operation: str, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 #include "ternary.h"
 
@@ -92,17 +93,22 @@ void run_experts(const Kernels& k, Worker& worker, const ternary_experts& expert
 
 }  // namespace ternary
 
-extern "C" void ternary_expert_ffn(const int8_t* x_q, const float* x_scale, const ternary_experts* experts,
-                                   const int64_t* offsets, float* output, int32_t num_threads) {
+extern "C" int32_t ternary_expert_ffn(const int8_t* x_q, const float* x_scale, const ternary_experts* experts,
+                                      const int64_t* offsets, float* output, int32_t num_threads) {
   using namespace ternary;
-  const Kernels& k = kernels();
-  Groups groups;
-  groups.set(offsets, experts->gate.num_matrices);
-  const int64_t num_rows = offsets[experts->gate.num_matrices];
-  if (num_rows == 0) return;
-  num_threads = useful_threads(num_threads, 3 * num_rows * experts->gate.out_features * experts->gate.in_features);
-  ExpertScratch scratch(*experts, num_rows, num_threads);
-  const SourceRows rows{x_q, x_scale, experts->gate.in_features, nullptr};
-  run_team(num_threads,
-           [&](Worker& worker) { run_experts(k, worker, *experts, groups, rows, num_rows, scratch, output); });
+  try {
+    const Kernels& k = kernels();
+    Groups groups;
+    groups.set(offsets, experts->gate.num_matrices);
+    const int64_t num_rows = offsets[experts->gate.num_matrices];
+    if (num_rows == 0) return 0;
+    num_threads = useful_threads(num_threads, 3 * num_rows * experts->gate.out_features * experts->gate.in_features);
+    ExpertScratch scratch(*experts, num_rows, num_threads);
+    const SourceRows rows{x_q, x_scale, experts->gate.in_features, nullptr};
+    run_team(num_threads,
+             [&](Worker& worker) { run_experts(k, worker, *experts, groups, rows, num_rows, scratch, output); });
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
 }

@@ -41,16 +41,16 @@ void ternary_untile(const uint8_t* tiles, int64_t num_matrices, int64_t out_feat
 // Rows with NaN or infinity give that scale and integers of 0.
 void ternary_quantize(const float* x, int64_t num_rows, int64_t num_features, int8_t* x_q, float* scale,
                       int32_t num_threads);
-// The same of x / rms(x) * norm_weight.
-void ternary_rms_norm_quantize(const float* x, const float* norm_weight, double eps, int64_t num_rows,
-                               int64_t num_features, int8_t* x_q, float* scale, int32_t num_threads);
+// The same of x / rms(x) * norm_weight. This and the functions below return 0, or 1 if there is no memory for scratch.
+int32_t ternary_rms_norm_quantize(const float* x, const float* norm_weight, double eps, int64_t num_rows,
+                                  int64_t num_features, int8_t* x_q, float* scale, int32_t num_threads);
 
 // Rows sorted by matrix (expert): matrix m owns rows offsets[m] to offsets[m + 1] of x_q, possibly none.
 //   x_q      [num_rows, in_features] int8
 //   x_scale  [num_rows] float32
 //   output   [num_rows, out_features] float32
-void ternary_grouped_linear(const int8_t* x_q, const float* x_scale, const ternary_matrices* weight,
-                            const int64_t* offsets, float* output, int32_t num_threads);
+int32_t ternary_grouped_linear(const int8_t* x_q, const float* x_scale, const ternary_matrices* weight,
+                               const int64_t* offsets, float* output, int32_t num_threads);
 
 // The experts of one layer: down(quantize(norm(activation(gate(x)) * up(x)))).
 struct ternary_experts {
@@ -59,8 +59,8 @@ struct ternary_experts {
   double norm_eps;
   int32_t activation;  // 0: SwiGLU, 1: squared ReLU
 };
-void ternary_expert_ffn(const int8_t* x_q, const float* x_scale, const ternary_experts* experts, const int64_t* offsets,
-                        float* output, int32_t num_threads);
+int32_t ternary_expert_ffn(const int8_t* x_q, const float* x_scale, const ternary_experts* experts,
+                           const int64_t* offsets, float* output, int32_t num_threads);
 
 // What the machine gives, measured with the same instructions and threads as the kernels: seconds for reading a buffer
 // once, and seconds for num_multiply_adds (set by the call) integer multiply-adds in registers.

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <chrono>
 #include <mutex>
+#include <system_error>
 #include <thread>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -46,11 +46,7 @@ class Pool {
       run_alone(body, context);
       return;
     }
-    while (static_cast<int>(workers_.size()) < num_threads - 1) {
-      const int index = static_cast<int>(workers_.size()) + 1;
-      workers_.emplace_back([this, index, seen = ticket_.load()] { work(index, seen); });
-      workers_.back().detach();  // a worker sleeps when it has nothing to do and ends with the process
-    }
+    num_threads = std::min(num_threads, start_workers(num_threads - 1) + 1);
     Team team(num_threads);
     team_ = &team;
     body_ = body;
@@ -71,6 +67,19 @@ class Pool {
   }
 
  private:
+  // Starts workers until there are so many, or until the system gives no more; returns how many there are.
+  int start_workers(int wanted) {
+    try {
+      for (; num_workers_ < wanted; ++num_workers_) {
+        const int index = num_workers_ + 1;
+        // a worker sleeps when it has nothing to do and ends with the process
+        std::thread([this, index, seen = ticket_.load()] { work(index, seen); }).detach();
+      }
+    } catch (const std::system_error&) {
+    }
+    return num_workers_;
+  }
+
   void work(int index, uint32_t seen) {
     for (;;) {
       wait_for_ticket(seen);
@@ -95,7 +104,7 @@ class Pool {
   }
 
   std::mutex in_use_;
-  std::vector<std::thread> workers_;
+  int num_workers_ = 0;
   std::atomic<uint32_t> ticket_{0};
   std::atomic<int> num_running_{0};
   Team* team_ = nullptr;

@@ -6,6 +6,8 @@ meaning are those of :mod:`moe_bitnet.kernels.backend_reference`.
 
 from functools import cache
 
+from torch.compiler import is_compiling
+
 from moe_bitnet.kernels import backend_reference
 from moe_bitnet.kernels.backend_cpp import load_backend
 from moe_bitnet.kernels.registry import Backend, Operation, Registry
@@ -21,5 +23,14 @@ def registry() -> Registry:
 
 
 def select(operation: str, device_type: str = "cpu", backend: str | None = None) -> Operation:
-    """Return the function for ``operation``; see :meth:`Registry.select`."""
+    """Return the function for ``operation``; see :meth:`Registry.select`.
+
+    While torch compiles, it is the one that puts the operation into the graph as a single node, unless ``backend``
+    names another; see :mod:`moe_bitnet.kernels.torch_library`.
+    """
+    if backend is None and is_compiling():
+        from moe_bitnet.kernels.torch_library import TRACEABLE
+
+        if operation in TRACEABLE:
+            return TRACEABLE[operation]
     return registry().select(operation, device_type, backend)

@@ -1,23 +1,18 @@
 import numpy as np
 import pytest
 import torch
-from factories import backends_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_variants import computing_with, torch_threads, variants_with
 
 from moe_bitnet.errors import ShapeError
-from moe_bitnet.kernels import select
 from moe_bitnet.quantization import quantize_activation
 
 
-@pytest.fixture(params=backends_with("quantize_activation"), scope="module")
-def backend(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def quantize(backend):
-    return select("quantize_activation", "cpu", backend)
+@pytest.fixture(params=variants_with("quantize_activation"), scope="module", ids=str)
+def quantize(request):
+    with computing_with(request.param) as variant:
+        yield variant.select("quantize_activation")
 
 
 def assert_equals_the_formula(quantize, x):
@@ -50,6 +45,24 @@ def test_equals_the_formula_on_any_shape_and_size(quantize, shape, exponent, see
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=70))
 def test_equals_the_formula_on_any_floats(quantize, values):
     assert_equals_the_formula(quantize, torch.tensor([values]))
+
+
+@pytest.mark.parametrize("num_features", [1, 15, 16, 17, 63, 64, 65, 4099])
+def test_equals_the_formula_around_whole_vectors(quantize, num_features):
+    assert_equals_the_formula(quantize, torch.randn(13, num_features))
+
+
+def test_the_largest_value_is_found_wherever_it_is(quantize):
+    x = torch.randn(69, 69)
+    x[torch.arange(69), torch.arange(69)] = 100.0 * (-1) ** torch.arange(69)
+    assert_equals_the_formula(quantize, x)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_the_number_of_threads_changes_nothing(quantize, num_threads):
+    # large enough that the work is worth three threads
+    with torch_threads(num_threads):
+        assert_equals_the_formula(quantize, torch.randn(65, 1001))
 
 
 def test_ties_go_to_the_even_integer(quantize):
@@ -126,7 +139,7 @@ def test_rows_without_features_are_refused(quantize, shape):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("num_features", [1, 7, 33])
-def test_a_row_that_is_not_finite_shows_it_in_its_scale_and_spares_the_others(quantize, value, num_features):
+def test_a_row_that_is_not_finite_shows_it_in_its_scale_alone_and_spares_the_others(quantize, value, num_features):
     x = torch.randn(3, num_features)
     expected_x_q, expected_scale = quantize(x)
     for position in range(num_features):
@@ -134,5 +147,6 @@ def test_a_row_that_is_not_finite_shows_it_in_its_scale_and_spares_the_others(qu
         bad[1, position] = value
         x_q, scale = quantize(bad)
         assert not scale[1].isfinite()
+        assert not x_q[1].any()
         assert torch.equal(x_q[[0, 2]], expected_x_q[[0, 2]])
         assert torch.equal(scale[[0, 2]], expected_scale[[0, 2]])

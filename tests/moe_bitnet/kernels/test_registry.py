@@ -131,6 +131,16 @@ def test_a_library_of_another_version_is_refused():
         load_library("moe_bitnet.kernels", "libternary.so", 999)
 
 
+def test_a_folder_that_is_named_takes_the_place_of_the_installed_library(monkeypatch, tmp_path):
+    # a sanitized build must not be passed over in silence for the installed one
+    monkeypatch.setenv("MOE_BITNET_LIBRARY_FOLDER", str(tmp_path))
+    with pytest.raises(BackendError, match=r"libternary\.so is not in .*MOE_BITNET_LIBRARY_FOLDER.*unset it"):
+        load_library("moe_bitnet.kernels", "libternary.so", 1)
+    (tmp_path / "libternary.so").write_bytes(b"noise")
+    with pytest.raises(BackendError, match=rf"{tmp_path}/libternary\.so cannot be loaded"):
+        load_library("moe_bitnet.kernels", "libternary.so", 1)
+
+
 def test_a_file_that_is_no_library_is_refused(monkeypatch, tmp_path):
     (tmp_path / "libnoise.so").write_bytes(torch.zeros(100, dtype=torch.uint8).numpy().tobytes())
     monkeypatch.setattr("moe_bitnet.kernels.__path__", [str(tmp_path)])

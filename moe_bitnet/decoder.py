@@ -150,12 +150,15 @@ class PackedDecoder:
         Args:
             token_ids: at least one.
         Returns:
-            logits, float32 ``[vocab_size]``.
+            logits, float32 ``[vocab_size]``. A key or value that float16 cannot hold (beyond 65504) becomes infinite
+            there, as in any float16 cache, and the logits after it NaN.
         Raises:
-            ShapeError: no tokens, or ids beyond the vocabulary; nothing has changed.
+            ShapeError: no tokens, no integers, or ids beyond the vocabulary; nothing has changed.
             CacheFullError: more than ``max_tokens``; nothing has changed.
         """
-        if not token_ids or min(token_ids) < 0 or max(token_ids) >= self.config.vocab_size:
+        ids = torch.tensor(token_ids)
+        is_valid = ids.dtype == torch.int64 and ids.dim() == 1 and len(ids) > 0
+        if not is_valid or int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size:
             raise ShapeError(
                 f"PackedDecoder.append: {list(token_ids)[:8]} are no token ids; give at least one, "
                 f"each from 0 to {self.config.vocab_size - 1}."
@@ -165,7 +168,6 @@ class PackedDecoder:
                 f"PackedDecoder.append: {len(token_ids)} tokens after {self._length} exceed max_tokens "
                 f"{self.max_tokens}. Make the decoder for more, or truncate it."
             )
-        ids = torch.tensor(token_ids, dtype=torch.int64)
         logits = torch.empty(self.config.vocab_size)
         for start in range(0, len(token_ids), self._max_rows):
             chunk = ids[start : start + self._max_rows]

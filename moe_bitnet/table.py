@@ -1,8 +1,7 @@
 """The embedding and the head of a packed model in fewer bits: float32, bfloat16, or int8 with a scale a row.
 
 They are float in training and stay so in checkpoints. For inference an int8 head reads a quarter of the bytes; it
-rounds each row of the matrix and the hidden state to 8 bits, so logits change: measure it (``moe-bitnet inspect``
-does not; ``benchmarks/decode.py`` prints the change).
+rounds each row of the matrix and the hidden state to 8 bits, so logits change; by how much depends on the model.
 """
 
 from dataclasses import dataclass

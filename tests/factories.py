@@ -69,3 +69,17 @@ class ListCache:
         query_positions = torch.arange(len(key) - len(query), len(key))
         scores.masked_fill_(torch.arange(len(key)) > query_positions[:, None], float("-inf"))
         return torch.einsum("nqk,knd->qnd", scores.softmax(dim=-1), value)
+
+
+class HalfCache(ListCache):
+    """Every key and value rounded to float16, as the fused decoder holds them; attention in ``dtype``."""
+
+    def __init__(self, num_layers, dtype=torch.float32):
+        super().__init__(num_layers)
+        self.dtype = dtype
+
+    def append(self, layer_index, key, value):
+        super().append(layer_index, key.half().to(self.dtype), value.half().to(self.dtype))
+
+    def attend(self, layer_index, query):
+        return super().attend(layer_index, query.to(self.dtype)).float()

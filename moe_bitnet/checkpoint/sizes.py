@@ -56,6 +56,11 @@ def model_sizes(config: ModelConfig, layout: Layout | None = None, float_bytes: 
     return ModelSizes(all_expert_bytes // num_experts, num_experts, all_bytes - all_expert_bytes)
 
 
+def bits_per_expert_weight(config: ModelConfig, layout: Layout) -> float:
+    """Return the bits that a packed expert takes for each of its weights, padding, scales and norm included."""
+    return 8 * model_sizes(config, layout).expert_bytes / (3 * config.hidden_size * config.intermediate_size)
+
+
 def folder_bytes(folder: Path) -> int:
     """Return the bytes of the files in a folder."""
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())

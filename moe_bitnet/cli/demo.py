@@ -16,6 +16,7 @@ from cluster.config import ClusterConfig
 from cluster.topology import logical_devices
 from moe_bitnet.cli import arguments, context, data, generate, pack, place, report, train
 from moe_bitnet.cli.console import console, say
+from moe_bitnet.cli.local_generation import Request
 from moe_bitnet.cli.machine import describe_machine
 from moe_bitnet.cli.presets import PRESETS
 from moe_bitnet.cli.run_folder import RunFolder
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             place.place_run(run_folder, topology, "2bit")
             place.try_hosts(run_folder, "2bit", cluster_config)
         with clock.step("generate"):
-            request = generate.Request(
+            request = Request(
                 tokenizer.encode(generate.DEFAULT_PROMPT), max_new_tokens=48, temperature=0.8, seed=0, kv_bits=16
             )
             generate.generate_run(run_folder, tokenizer, generate.DEFAULT_PROMPT, request, cluster_config)

@@ -1,50 +1,31 @@
-"""``moe-bitnet generate``: text from models with their experts on Ray hosts, every byte between devices counted."""
+"""``moe-bitnet generate``: text from models with their experts on Ray hosts, every byte between devices counted.
+
+With ``--model`` it is one checkpoint in this process, its speed told (:mod:`moe_bitnet.cli.local_generation`).
+"""
 
 import argparse
 import dataclasses
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.config import ClusterConfig
 from cluster.placement.cost import expected_bytes_per_token
 from cluster.transport.meter import TrafficMeter
-from kvcache import KVCacheConfig, QuantizedKVCache
-from kvcache.memory import bytes_for_tokens
 from moe_bitnet.checkpoint.native import load_model
 from moe_bitnet.cli import arguments
-from moe_bitnet.cli.console import progress_bar, say
+from moe_bitnet.cli.console import say
+from moe_bitnet.cli.local_generation import Request, generate_alone, generate_with_cache
 from moe_bitnet.cli.place import Plan, placed_layout, spread_plan, started_hosts, ternary_plan, twin_plan
 from moe_bitnet.cli.run_folder import RunFolder
 from moe_bitnet.cli.threads import single_thread
 from moe_bitnet.errors import ConfigError
 from moe_bitnet.files import write_json_atomically
-from moe_bitnet.generation import generate
 from moe_bitnet.model import MoETransformer
+from moe_bitnet.table import TABLE_FORMATS
 from moe_bitnet.tokenizer import Tokenizer
 
 HELP = "generate text with the experts on Ray hosts; count the bytes between devices for both models"
 DEFAULT_PROMPT = "def read_file(path):\n    "
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to generate.
-
-    Attributes:
-        prompt_ids: the prompt's tokens.
-        max_new_tokens: tokens to add at most.
-        temperature: 0 is greedy.
-        seed: of the sampling.
-        kv_bits: bits of the key/value cache, 16, 8 or 4.
-    """
-
-    prompt_ids: list[int]
-    max_new_tokens: int
-    temperature: float
-    seed: int
-    kv_bits: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-bits", type=int, choices=(16, 8, 4), default=16, help="of the key/value cache (default: 16)"
     )
     parser.add_argument("--model", type=Path, help="generate with this checkpoint alone, in this process, without Ray")
+    parser.add_argument(
+        "--head",
+        choices=TABLE_FORMATS,
+        help="format of embedding and head; for --model with a packed checkpoint and 16-bit cache (default: float32)",
+    )
     parser.add_argument("--address", help="host:port of a running Ray cluster (default: start Ray here)")
 
 
@@ -71,14 +57,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--prompt is empty. Give at least one character to continue.")
     request = Request(prompt_ids, args.max_new_tokens, args.temperature, args.seed, args.kv_bits)
     if args.model:
-        new_ids, _ = _generate(load_model(args.model), request)
-        return {"prompt": args.prompt, "text": tokenizer.decode(new_ids), "num_new_tokens": len(new_ids)}
+        return _run_alone(args, tokenizer, request)
+    if args.head:
+        raise ConfigError(f"--head {args.head} is for one checkpoint in this process. Give --model, or leave it away.")
     from cluster.runtime import connect  # imports Ray
 
     config = ClusterConfig(address=args.address)
     placed_layout(run_folder)  # an error now is quicker than after Ray has started
     with connect(config):
         return generate_run(run_folder, tokenizer, args.prompt, request, config)
+
+
+def _run_alone(args: argparse.Namespace, tokenizer: Tokenizer, request: Request) -> dict[str, Any]:
+    result = generate_alone(args.model, request, args.head)
+    text = result.text
+    return {
+        "prompt": args.prompt,
+        "text": tokenizer.decode(text.token_ids),
+        "num_prompt_tokens": len(request.prompt_ids),
+        "num_new_tokens": len(text.token_ids),
+        "prompt_tokens_per_s": len(request.prompt_ids) / text.prompt_s,
+        "decode_tokens_per_s": text.decode_tokens_per_s,
+        "weight_bytes": result.weight_bytes,
+        "backend": result.backend,
+    }
 
 
 @single_thread()
@@ -117,54 +119,22 @@ def _run_on_hosts(
 ) -> tuple[list[int], dict[str, Any]]:
     """Generate once in this process and once on hosts; returns the hosts' tokens and what crossed."""
     model = load_model(checkpoint)
-    local_ids, _ = _generate(model, request)
+    local_ids = generate_with_cache(model, request).token_ids
     say(f"{name}: experts on {plan.placement.num_devices} device(s), rows as {config.dispatch}")
     with started_hosts(model, plan, config) as hosts:
-        remote_ids, seconds = _generate(model, request)
+        remote = generate_with_cache(model, request)
         traffic = _describe_traffic(hosts.meter, model, plan, config)
-    is_equal = remote_ids == local_ids
+    is_equal = remote.token_ids == local_ids
     say(f"{name}: {traffic['bytes_per_token']:.0f} bytes/token between devices; tokens equal one process: {is_equal}")
-    return remote_ids, {
+    return remote.token_ids, {
         "name": name,
         "num_devices": plan.placement.num_devices,
         "dispatch": config.dispatch,
         "combine": config.combine,
         **traffic,
-        "seconds": seconds,
+        "seconds": remote.seconds,
         "tokens_equal_single_process": is_equal,
     }
-
-
-def _generate(model: MoETransformer, request: Request) -> tuple[list[int], float]:
-    config = model.config
-    cache_config = KVCacheConfig(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        key_bits=request.kv_bits,
-        value_bits=request.kv_bits,
-    )
-    budget_bytes = bytes_for_tokens(cache_config, len(request.prompt_ids) + request.max_new_tokens)
-    cache = QuantizedKVCache(cache_config, budget_bytes)
-    start = time.perf_counter()
-    with progress_bar("generate", request.max_new_tokens) as bar:
-        done = 0
-
-        def on_token(token_id: int) -> None:
-            nonlocal done
-            done += 1
-            bar.update(done)
-
-        new_ids = generate(
-            model,
-            request.prompt_ids,
-            request.max_new_tokens,
-            cache,
-            temperature=request.temperature,
-            seed=request.seed,
-            on_token=on_token,
-        )
-    return new_ids, time.perf_counter() - start
 
 
 def _describe_traffic(meter: TrafficMeter, model: MoETransformer, plan: Plan, config: ClusterConfig) -> dict[str, Any]:

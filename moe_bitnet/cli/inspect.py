@@ -8,7 +8,7 @@ import torch
 
 from moe_bitnet.checkpoint.native import load_model
 from moe_bitnet.checkpoint.pack import model_layout
-from moe_bitnet.checkpoint.sizes import folder_bytes
+from moe_bitnet.checkpoint.sizes import bits_per_expert_weight, folder_bytes
 from moe_bitnet.packing import unpack
 
 HELP = "verify a checkpoint and say what it holds: shape, bytes, share of zero weights"
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "path": str(args.path),
         "layout": layout,
+        "bits_per_expert_weight": None if layout is None else bits_per_expert_weight(config, layout),
         "num_tensors": len(tensors),
         "file_bytes": folder_bytes(args.path),
         "bytes_by_dtype": by_dtype,

@@ -9,7 +9,7 @@ import torch
 from cluster.training.shards import load_tokens
 from moe_bitnet.checkpoint.native import load_model, save_model
 from moe_bitnet.checkpoint.pack import pack_model
-from moe_bitnet.checkpoint.sizes import folder_bytes, model_sizes
+from moe_bitnet.checkpoint.sizes import bits_per_expert_weight, folder_bytes, model_sizes
 from moe_bitnet.cli.console import say
 from moe_bitnet.cli.run_folder import RunFolder
 from moe_bitnet.config import ModelConfig
@@ -56,7 +56,6 @@ def pack_run(run_folder: RunFolder, source: Path | None, layouts: tuple[Layout, 
                 f"nothing was saved. Are its weights finite?"
             )
         save_model(packed, folder)
-        weights = 3 * config.hidden_size * config.intermediate_size
         sizes = model_sizes(config, layout)
         file_bytes = folder_bytes(folder)
         results.append(
@@ -64,7 +63,7 @@ def pack_run(run_folder: RunFolder, source: Path | None, layouts: tuple[Layout, 
                 "layout": layout,
                 "file_bytes": file_bytes,
                 "expert_bytes": sizes.expert_bytes * sizes.num_experts,
-                "bits_per_expert_weight": 8 * sizes.expert_bytes / weights,
+                "bits_per_expert_weight": bits_per_expert_weight(config, layout),
             }
         )
         say(f"packed {folder}: {format_bytes(file_bytes)}, logits differ by {differences[-1]:.2g} at most")

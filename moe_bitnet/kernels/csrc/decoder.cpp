@@ -11,7 +11,7 @@
 namespace ternary {
 namespace {
 
-constexpr int64_t kPhasesPerLayer = 10;  // times that all threads meet in a layer
+constexpr int64_t kPhasesPerLayer = 15;  // times that all threads meet in a layer
 
 }  // namespace
 

@@ -254,7 +254,7 @@ from moe_bitnet.checkpoint.pack import pack_model
 from moe_bitnet.decoder import PackedDecoder
 
 torch.set_num_threads(1)
-sizes = {"hidden_size": 1000, "intermediate_size": 1600, "num_heads": 8, "head_dim": 64, "num_layers": 1}
+sizes = {"hidden_size": 1000, "intermediate_size": 3200, "num_heads": 8, "head_dim": 64, "num_layers": 1}
 model = pack_model(tiny_model(**sizes, num_experts=2, num_shared_experts=1, top_k=1))
 counts = []
 for num_threads in (1, 2):

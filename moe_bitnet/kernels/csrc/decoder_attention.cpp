@@ -70,9 +70,8 @@ void Decoder::attention(const Walk& walk, int64_t layer_index) {
     quantize_into(walk, merged, query_size_, row, output_input_);
   });
   multiply_groups(k, walk.worker, Matrices(layer.output), all_rows_, output_input_, expanded(walk),
-                  [&](int64_t row, int64_t feature, const float* values, int64_t count) {
-                    float* target = hidden(row) + feature;
-                    for (int64_t i = 0; i < count; ++i) target[i] += values[i];
+                  [&](int64_t row, int64_t feature, const RowSums& sums, int64_t features) {
+                    sums.add_to(hidden(row) + feature, features);
                   });
   clock(walk, kProducts);
 }
@@ -89,11 +88,10 @@ void Decoder::project(const Walk& walk, const ternary_layer& layer, int num_inpu
       const int64_t block = items.block_of(item), following = item + 1 < end ? item + 1 : next;
       const SortedColumns& input = attention_input_[num_inputs == 1 ? 0 : i];
       const int64_t feature = first_features[i] + block * kRowsPerBlock;
-      const size_t bytes = static_cast<size_t>(matrices.block_rows(block)) * sizeof(float);
-      multiply_block_rescaled(
-          walk.k, matrices, items.data(item), items.data(following < count ? following : item), matrices.scale(0),
-          input.of(0, walk.num_tokens), input.scales(0), expanded(walk),
-          [&](int64_t row, const float* values) { std::memcpy(projected(row) + feature, values, bytes); });
+      const int64_t features = matrices.block_rows(block);
+      multiply_block(walk.k, matrices, items.data(item), items.data(following < count ? following : item),
+                     matrices.scale(0), input.of(0, walk.num_tokens), input.scales(0), expanded(walk),
+                     [&](int64_t row, const RowSums& sums) { sums.write(projected(row) + feature, features); });
     }
   });
   clock(walk, kProducts);

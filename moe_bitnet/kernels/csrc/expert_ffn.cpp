@@ -85,9 +85,8 @@ void run_experts(const Kernels& k, Worker& worker, const ternary_experts& expert
   });
 
   multiply_groups(k, worker, down, groups, scratch.inner_columns, expanded,
-                  [&](int64_t row, int64_t feature, const float* values, int64_t features) {
-                    std::memcpy(output + row * hidden_size + feature, values,
-                                static_cast<size_t>(features) * sizeof(float));
+                  [&](int64_t row, int64_t feature, const RowSums& sums, int64_t features) {
+                    sums.write(output + row * hidden_size + feature, features);
                   });
 }
 

@@ -78,22 +78,7 @@ class GroupBlocks {
   const Groups& groups_;
 };
 
-// Multiplies the blocks begin to end and calls take(sorted row, block, values) for each product; `then` is what the
-// thread reads afterwards.
-template <class Take>
-void multiply_items(const Kernels& k, const Matrices& matrices, const Groups& groups, int64_t begin, int64_t end,
-                    const uint8_t* then, const SortedColumns& columns, uint8_t* expanded, Take&& take) {
-  const GroupBlocks items(matrices, groups);
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t expert = items.expert(item), block = items.block(item), first = groups.offsets[expert];
-    const uint8_t* following = item + 1 < end ? items.data(matrices, item + 1) : then;
-    multiply_block_rescaled(k, matrices, items.data(matrices, item), following, matrices.scale(expert),
-                            columns.of(first, groups.offsets[expert + 1] - first), columns.scales(first), expanded,
-                            [&](int64_t row, const float* values) { take(first + row, block, values); });
-  }
-}
-
-// Calls take(sorted row, first output feature, values, number of features) for all products of the active experts.
+// Calls take(sorted row, first output feature, RowSums, number of features) for all products of the active experts.
 template <class Take>
 void multiply_groups(const Kernels& k, Worker& worker, const Matrices& matrices, const Groups& groups,
                      const SortedColumns& columns, uint8_t* expanded, Take&& take) {
@@ -101,11 +86,15 @@ void multiply_groups(const Kernels& k, Worker& worker, const Matrices& matrices,
   const int64_t count = items.count();
   const int64_t piece = piece_of_blocks(count, worker.num_threads(), matrices.num_block_bytes());
   worker.for_each_piece(count, piece, [&](int64_t begin, int64_t end, int64_t next) {
-    const uint8_t* then = items.data(matrices, next < count ? next : begin);
-    multiply_items(k, matrices, groups, begin, end, then, columns, expanded,
-                   [&](int64_t row, int64_t block, const float* values) {
-                     take(row, block * kRowsPerBlock, values, matrices.block_rows(block));
-                   });
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t expert = items.expert(item), block = items.block(item), first = groups.offsets[expert];
+      const int64_t following = item + 1 < end ? item + 1 : next < count ? next : item;
+      multiply_block(k, matrices, items.data(matrices, item), items.data(matrices, following), matrices.scale(expert),
+                     columns.of(first, groups.offsets[expert + 1] - first), columns.scales(first), expanded,
+                     [&](int64_t row, const RowSums& sums) {
+                       take(first + row, block * kRowsPerBlock, sums, matrices.block_rows(block));
+                     });
+    }
   });
 }
 

@@ -28,9 +28,8 @@ extern "C" int32_t ternary_grouped_linear(const int8_t* x_q, const float* x_scal
     run_team(num_threads, [&](Worker& worker) {
       columns.fill(k, worker, groups, num_rows, rows);
       multiply_groups(k, worker, matrices, groups, columns, expanded.get() + worker.index() * matrices.expanded_bytes(),
-                      [&](int64_t row, int64_t feature, const float* values, int64_t count) {
-                        std::memcpy(output + row * out_features + feature, values,
-                                    static_cast<size_t>(count) * sizeof(float));
+                      [&](int64_t row, int64_t feature, const RowSums& sums, int64_t features) {
+                        sums.write(output + row * out_features + feature, features);
                       });
     });
   } catch (const std::bad_alloc&) {

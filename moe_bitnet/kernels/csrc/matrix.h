@@ -101,21 +101,41 @@ void multiply_blocks(const Kernels& k, const Matrices& matrices, const uint8_t* 
   }
 }
 
-// The product of one matrix in float: calls take(row, values) for each row (column of the product), 64 values each.
+// The integer sums of 64 output features of one row, and what turns them into floats.
+struct RowSums {
+  const Kernels& k;
+  const int32_t* sums;  // [64]
+  int32_t column_sum;
+  float scale;
+
+  // Writes the first count features.
+  void write(float* output, int64_t count) const {
+    if (count == kRowsPerBlock) return k.rescale(sums, column_sum, scale, output);
+    alignas(64) float values[kRowsPerBlock];
+    k.rescale(sums, column_sum, scale, values);
+    std::memcpy(output, values, static_cast<size_t>(count) * sizeof(float));
+  }
+
+  // Adds the first count features.
+  void add_to(float* output, int64_t count) const {
+    alignas(64) float values[kRowsPerBlock];
+    k.rescale(sums, column_sum, scale, values);
+    for (int64_t i = 0; i < count; ++i) output[i] += values[i];
+  }
+};
+
+// The product of one matrix: calls take(row, RowSums) for each row (column of the product).
 //   weight_scale  of the block's matrix
 //   scales        of the rows' activations
 template <class Take>
-void multiply_block_rescaled(const Kernels& k, const Matrices& matrices, const uint8_t* block, const uint8_t* following,
-                             float weight_scale, const Columns& columns, const float* scales, uint8_t* expanded,
-                             Take&& take) {
+void multiply_block(const Kernels& k, const Matrices& matrices, const uint8_t* block, const uint8_t* following,
+                    float weight_scale, const Columns& columns, const float* scales, uint8_t* expanded, Take&& take) {
   const uint8_t* const blocks[1] = {block};
   multiply_blocks(k, matrices, blocks, following, columns, expanded, [&](int64_t tile, const int32_t* sums) {
     const int64_t first = columns.first_row(tile);
     for (int c = 0; c < columns.num_columns(tile); ++c) {
-      alignas(64) float values[kRowsPerBlock];
       const int64_t row = first + c;
-      k.rescale(sums + c * kRowsPerBlock, columns.row_sum(row), scales[row] * weight_scale, values);
-      take(row, values);
+      take(row, RowSums{k, sums + c * kRowsPerBlock, columns.row_sum(row), scales[row] * weight_scale});
     }
   });
 }

@@ -8,6 +8,7 @@ and Mixtral-8x7B (in a process of its own, so that its peak memory is its own). 
 
 import argparse
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -234,7 +235,10 @@ def measure_mixtral(report: Report) -> None:
         report.progress(f"Mixtral-8x7B, {layout}, in a process of its own")
         command = [sys.executable, "-m", "benchmarks.mixtral", "--json", "--layout", layout]
         command += ["--quick"] if report.is_quick else []
-        lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+        # without this process's allocator settings: they keep freed memory, which the peak would count
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        lines = result.stdout.splitlines()
         for line in lines:
             metric = Metric.from_json_line(line)
             report.metrics.append(metric)

@@ -42,8 +42,9 @@ def random_token_ids(*shape, vocab_size=33, seed=1):
 
 
 def backends_with(operation):
-    """Names of the available kernel backends that have ``operation``."""
-    return [backend.name for backend in registry().backends if operation in backend.operations]
+    """Names of the available kernel backends that have ``operation`` for CPU tensors."""
+    backends = registry().backends
+    return [b.name for b in backends if operation in b.operations and "cpu" in b.device_types]
 
 
 class ListCache:

@@ -8,8 +8,7 @@ from functools import cache
 
 from torch.compiler import is_compiling
 
-from moe_bitnet.kernels import backend_reference
-from moe_bitnet.kernels.backend_cpp import load_backend
+from moe_bitnet.kernels import backend_cpp, backend_reference, backend_triton
 from moe_bitnet.kernels.registry import Backend, Operation, Registry
 
 __all__ = ["Backend", "Operation", "Registry", "registry", "select"]
@@ -19,7 +18,7 @@ __all__ = ["Backend", "Operation", "Registry", "registry", "select"]
 def registry() -> Registry:
     """Return the backends of this process, loaded at the first call."""
     reference = Backend("reference", backend_reference.OPERATIONS, backend_reference.DEVICE_TYPES)
-    return Registry([load_backend(), reference])
+    return Registry([backend_cpp.load_backend(), backend_triton.load_backend(), reference])
 
 
 def select(operation: str, device_type: str = "cpu", backend: str | None = None) -> Operation:

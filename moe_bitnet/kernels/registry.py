@@ -86,11 +86,13 @@ class Registry:
                 return chosen.operations[operation]
             self._announce(f"{wanted} has no {operation} for {device_type} tensors; using another backend")
         for candidate in self.backends:
+            if device_type not in candidate.device_types:
+                continue
             if candidate.absent_because:
                 self._announce(
                     f"backend {candidate.name} is not available ({candidate.absent_because}); using the next"
                 )
-            elif operation in candidate.operations and device_type in candidate.device_types:
+            elif operation in candidate.operations:
                 return candidate.operations[operation]
         raise BackendError(f"no backend has {operation} for {device_type} tensors.")
 

@@ -53,6 +53,7 @@ def measure_dense(report: Report, shape: SyntheticShape) -> None:
         report.progress("decode")
         turns = _decode(report, peers)
         _report_decode(report, "dense", ours, turns, llama)
+        _report_int8_head(report, ours["2bit, bfloat16 head"], ours["2bit, int8 head"])
         report.progress(f"prefill of {PROMPT_TOKENS} tokens")
         prefills: dict[str, Peer] = {name: peer for name, peer in peers.items() if name != "torch float16"}
         prefill = compare(
@@ -153,6 +154,29 @@ def _report_decode(
                 detail=detail,
                 at_least=2.1,
             )
+
+
+def _report_int8_head(report: Report, exact: TernaryPeer, rounded: TernaryPeer, num_tokens: int = 64) -> None:
+    """Feed both the same tokens: what an int8 embedding and head do to the logits of one model."""
+    changes, spreads, agreements = [], [], []
+    for peer in (exact, rounded):
+        peer.prefill(1)
+    for token_id in range(num_tokens):
+        expected, actual = exact.append(token_id), rounded.append(token_id)
+        changes.append((actual - expected).square().mean())
+        spreads.append(expected.var())
+        agreements.append(actual.argmax() == expected.argmax())
+    report.add(
+        "int8_head_logit_change",
+        float((torch.stack(changes).mean() / torch.stack(spreads).mean()).sqrt()),
+        "ratio",
+        baseline="standard deviation of the logits with a bfloat16 head",
+        detail={
+            "top1_agreement": float(torch.stack(agreements).float().mean()),
+            "tokens": num_tokens,
+            "weights": "random",
+        },
+    )
 
 
 def _prefill_call(peer: Peer) -> Callable[[], object]:

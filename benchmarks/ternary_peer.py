@@ -3,6 +3,8 @@
 import time
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from moe_bitnet.decoder import PackedDecoder
 from moe_bitnet.model import MoETransformer
 from moe_bitnet.table import TableFormat
@@ -60,6 +62,10 @@ class TernaryPeer:
         if decoder.length >= decoder.max_tokens:
             decoder.truncate(min(self._prompt_len, decoder.max_tokens - 1))
         return decoder.append([1])
+
+    def append(self, token_id: int) -> Tensor:
+        """Append one token; returns the logits of the next, float32 ``[vocab_size]``."""
+        return self._open_decoder.append([token_id])
 
     def profile_tokens(self, num_tokens: int) -> TokenProfile:
         """Decode some tokens and say where their time went."""

@@ -51,6 +51,29 @@ static void multiply_gate_up(const Kernels& k, const ternary_experts& experts, c
   });
 }
 
+// The same for one row an expert, which streams weights from memory: a run of gate, then the same run of up, so that
+// a stream is interrupted once a run and not once a block.
+static void stream_gate_up(const Kernels& k, const ternary_experts& experts, const Groups& groups, int64_t begin,
+                           int64_t end, const uint8_t* then, ExpertScratch& scratch, uint8_t* expanded) {
+  const Matrices gate(experts.gate), up(experts.up);
+  const GroupBlocks items(gate, groups);
+  for (const Matrices* matrices : {&gate, &up})
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t expert = items.expert(item), first = groups.offsets[expert];
+      float* inner = scratch.inner.get() + first * scratch.inner_stride + items.block(item) * kRowsPerBlock;
+      const uint8_t* after_run = matrices == &gate ? items.data(up, begin) : then;
+      const uint8_t* following = item + 1 < end ? items.data(*matrices, item + 1) : after_run;
+      multiply_block(k, *matrices, items.data(*matrices, item), following, matrices->scale(expert),
+                     scratch.input.of(first, 1), scratch.input.scales(first), expanded,
+                     [&](int64_t, const RowSums& sums) {
+                       if (matrices == &gate) return sums.write(inner, kRowsPerBlock);
+                       alignas(64) float values[kRowsPerBlock];
+                       sums.write(values, kRowsPerBlock);
+                       k.gate(inner, values, kRowsPerBlock, experts.activation, inner);
+                     });
+    }
+}
+
 void run_experts(const Kernels& k, Worker& worker, const ternary_experts& experts, const Groups& groups,
                  const SourceRows& rows, int64_t num_rows, ExpertScratch& scratch, float* output) {
   const Matrices gate(experts.gate), down(experts.down);
@@ -62,8 +85,13 @@ void run_experts(const Kernels& k, Worker& worker, const ternary_experts& expert
 
   const GroupBlocks items(gate, groups);
   const int64_t count = items.count();
-  const int64_t piece = piece_of_blocks(count, worker.num_threads(), 2 * gate.num_block_bytes());
+  const int64_t piece =
+      piece_of_blocks(count, worker.num_threads(), 2 * gate.num_block_bytes(), groups.is_single_row());
   worker.for_each_piece(count, piece, [&](int64_t begin, int64_t end, int64_t next) {
+    if (groups.is_single_row()) {
+      const uint8_t* then = items.data(gate, next < count ? next : begin);
+      return stream_gate_up(k, experts, groups, begin, end, then, scratch, expanded);
+    }
     for (int64_t item = begin; item < end; ++item) {
       const int64_t following = item + 1 < end ? item + 1 : next < count ? next : item;
       multiply_gate_up(k, experts, groups, item, items.data(gate, following), scratch, expanded);

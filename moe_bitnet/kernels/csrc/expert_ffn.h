@@ -15,6 +15,9 @@ struct Groups {
   const int64_t* offsets;
   std::vector<int64_t> active;  // experts that own a row
 
+  // Whether no matrix has more than one row.
+  bool is_single_row() const { return offsets[active.back() + 1] == static_cast<int64_t>(active.size()); }
+
   void set(const int64_t* new_offsets, int64_t count) {
     offsets = new_offsets;
     active.clear();
@@ -84,7 +87,8 @@ void multiply_groups(const Kernels& k, Worker& worker, const Matrices& matrices,
                      const SortedColumns& columns, uint8_t* expanded, Take&& take) {
   const GroupBlocks items(matrices, groups);
   const int64_t count = items.count();
-  const int64_t piece = piece_of_blocks(count, worker.num_threads(), matrices.num_block_bytes());
+  const int64_t piece =
+      piece_of_blocks(count, worker.num_threads(), matrices.num_block_bytes(), groups.is_single_row());
   worker.for_each_piece(count, piece, [&](int64_t begin, int64_t end, int64_t next) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t expert = items.expert(item), block = items.block(item), first = groups.offsets[expert];

@@ -5,6 +5,7 @@
 // busy with another Python thread's call, a call runs on its own thread alone: never more threads than asked for.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -79,13 +80,14 @@ inline int64_t piece_of(int64_t count, int num_threads) {
   return piece > 1 ? piece : 1;
 }
 
-// The same for row blocks of so many bytes that are read for one tile of rows: a piece of a large matrix is no longer
-// than it takes to hide a jump in memory.
-inline int64_t piece_of_blocks(int64_t count, int num_threads, int64_t block_bytes) {
-  constexpr int64_t kRun = 256 << 10;
-  const int64_t longest = kRun / block_bytes > 1 ? kRun / block_bytes : 1;
-  const int64_t piece = piece_of(count, num_threads);
-  return piece < longest ? piece : longest;
+// The same for row blocks of so many bytes. One row an expert streams them from memory, where every jump to another
+// piece costs: few, long pieces. Several rows compute on them: pieces of at most 256 KB.
+inline int64_t piece_of_blocks(int64_t count, int num_threads, int64_t block_bytes, bool is_single_row) {
+  constexpr int64_t kLongest = 256 << 10, kPiecesOfStream = 2;
+  const int64_t threads = num_threads;
+  const int64_t piece = is_single_row ? count / (kPiecesOfStream * threads)
+                                      : std::min(piece_of(count, num_threads), kLongest / block_bytes);
+  return piece > 1 ? piece : 1;
 }
 
 // Work of one element of a norm, quantization or activation in multiply-adds of an integer product.

@@ -52,6 +52,7 @@ Decoder::Decoder(const ternary_model& model, const ternary_cache& cache, int64_t
     shared_experts_ =
         std::make_unique<ExpertScratch>(first.shared_experts, max_rows * model.num_shared_experts, num_threads);
   all_rows_.active.push_back(0);
+  all_rows_.is_decoder = route_.groups.is_decoder = shared_.groups.is_decoder = true;
   all_rows_.offsets = all_rows_offsets_;
 }
 

@@ -80,8 +80,7 @@ void Decoder::project(const Walk& walk, const ternary_layer& layer, int num_inpu
   const Projections items(layer);
   const int64_t first_features[3] = {0, query_size_, query_size_ + kv_size_};
   const int64_t count = items.count();
-  const int64_t piece =
-      piece_of_blocks(count, walk.worker.num_threads(), items.matrices[0].num_block_bytes(), walk.num_tokens == 1);
+  const int64_t piece = piece_of_blocks(count, walk.worker.num_threads(), walk.num_tokens == 1);
   walk.worker.for_each_piece(count, piece, [&](int64_t begin, int64_t end, int64_t next) {
     for (int64_t item = begin; item < end; ++item) {
       const int i = items.matrix_of(item);

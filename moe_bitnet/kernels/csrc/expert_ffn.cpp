@@ -85,8 +85,7 @@ void run_experts(const Kernels& k, Worker& worker, const ternary_experts& expert
 
   const GroupBlocks items(gate, groups);
   const int64_t count = items.count();
-  const int64_t piece =
-      piece_of_blocks(count, worker.num_threads(), 2 * gate.num_block_bytes(), groups.is_single_row());
+  const int64_t piece = piece_of_blocks(count, worker.num_threads(), groups.is_stream());
   worker.for_each_piece(count, piece, [&](int64_t begin, int64_t end, int64_t next) {
     if (groups.is_single_row()) {
       const uint8_t* then = items.data(gate, next < count ? next : begin);

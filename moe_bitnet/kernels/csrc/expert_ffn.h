@@ -14,7 +14,10 @@ namespace ternary {
 struct Groups {
   const int64_t* offsets;
   std::vector<int64_t> active;  // experts that own a row
+  bool is_decoder = false;
 
+  // Whether this is a single token of the fused decoder, which has the machine to itself.
+  bool is_stream() const { return is_decoder && is_single_row(); }
   // Whether no matrix has more than one row.
   bool is_single_row() const { return offsets[active.back() + 1] == static_cast<int64_t>(active.size()); }
 
@@ -87,8 +90,7 @@ void multiply_groups(const Kernels& k, Worker& worker, const Matrices& matrices,
                      const SortedColumns& columns, uint8_t* expanded, Take&& take) {
   const GroupBlocks items(matrices, groups);
   const int64_t count = items.count();
-  const int64_t piece =
-      piece_of_blocks(count, worker.num_threads(), matrices.num_block_bytes(), groups.is_single_row());
+  const int64_t piece = piece_of_blocks(count, worker.num_threads(), groups.is_stream());
   worker.for_each_piece(count, piece, [&](int64_t begin, int64_t end, int64_t next) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t expert = items.expert(item), block = items.block(item), first = groups.offsets[expert];

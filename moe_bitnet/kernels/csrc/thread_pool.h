@@ -5,7 +5,6 @@
 // busy with another Python thread's call, a call runs on its own thread alone: never more threads than asked for.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -80,13 +79,13 @@ inline int64_t piece_of(int64_t count, int num_threads) {
   return piece > 1 ? piece : 1;
 }
 
-// The same for row blocks of so many bytes. One row an expert streams them from memory, where every jump to another
-// piece costs: few, long pieces. Several rows compute on them: pieces of at most 256 KB.
-inline int64_t piece_of_blocks(int64_t count, int num_threads, int64_t block_bytes, bool is_single_row) {
-  constexpr int64_t kLongest = 256 << 10, kPiecesOfStream = 2;
-  const int64_t threads = num_threads;
-  const int64_t piece = is_single_row ? count / (kPiecesOfStream * threads)
-                                      : std::min(piece_of(count, num_threads), kLongest / block_bytes);
+// How many pieces a thread takes of a phase that multiplies. A single token in the fused decoder streams its weights
+// from memory with nothing beside it: few long runs. Elsewhere other threads (torch's own, spinning after an operation)
+// may hold a core: many pieces, so that a late thread costs little.
+constexpr int64_t kPiecesOfStream = 2, kPiecesBesideOthers = 16;
+
+inline int64_t piece_of_blocks(int64_t count, int num_threads, bool is_stream) {
+  const int64_t piece = count / ((is_stream ? kPiecesOfStream : kPiecesBesideOthers) * num_threads);
   return piece > 1 ? piece : 1;
 }
 

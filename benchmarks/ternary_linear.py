@@ -138,7 +138,8 @@ def measure_torch_decode(report: Report) -> None:
         x = torch.randn(1, shape.in_features).to(dtype)
         weights = _rotating_floats(shape, dtype)
         calls[str(dtype).removeprefix("torch.")] = _twenty(lambda x=x, weights=weights: F.linear(x, next(weights)))
-    turns = compare(calls, num_rounds=4 if report.is_quick else 10)
+    # torch's threads spin for milliseconds after an operation, on the core that the next candidate wants
+    turns = compare(calls, num_rounds=4 if report.is_quick else 10, num_settling_calls=4)
     fastest = min(("float32", "bfloat16", "float16"), key=lambda name: turns[name].median_s)
     for layout in LAYOUTS:
         report.add(
@@ -172,6 +173,7 @@ def measure_prefill(report: Report, shape: MatrixShape, layout: Layout, num_rows
             "peak": peak_call(operations),
         },
         num_rounds=5 if report.is_quick else 11,
+        num_settling_calls=2,
     )
     fastest = min(("int_mm", "int_mm, transposed"), key=lambda name: turns[name].median_s)
     detail = {

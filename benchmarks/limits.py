@@ -12,8 +12,6 @@ from torch import Tensor
 
 from moe_bitnet.kernels.backend_cpp import load_kernel_library
 
-PEAK_ITERATIONS = 1_000_000
-
 
 def read_call(buffer: Tensor) -> Callable[[], object]:
     """Return a function that reads a contiguous tensor once with torch's threads, as the kernels read weights."""
@@ -28,13 +26,3 @@ def peak_call(num_operations: float) -> Callable[[], object]:
     threads = torch.get_num_threads()
     iterations = max(1, round(num_operations / (2 * done.value * threads)))
     return lambda: library.ternary_probe_peak(iterations, ctypes.byref(done), torch.get_num_threads())
-
-
-def peak_gops(seconds: int = 1) -> float:
-    """Return the integer peak of torch's threads in 10⁹ operations a second; the best of a few runs."""
-    library, done = load_kernel_library(), ctypes.c_int64()
-    rates = []
-    for _ in range(5 * seconds):
-        elapsed_s = library.ternary_probe_peak(PEAK_ITERATIONS, ctypes.byref(done), torch.get_num_threads())
-        rates.append(2 * done.value / elapsed_s / 1e9)
-    return max(rates)

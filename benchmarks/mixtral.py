@@ -57,9 +57,8 @@ def measure(report: Report, layout: Layout) -> None:
     peer = TernaryPeer(model, "bfloat16", max_tokens=512)
     del model
     peer.prefill(16)
-    probes = [read_call(gate.tiles)]
     turns = compare(
-        {"token": peer.decode_token, "read": probes[0]},
+        {"token": peer.decode_token, "read": read_call(gate.tiles)},
         num_rounds=4 if report.is_quick else 12,
         num_calls=2,
         num_warmups=2,

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from moe_bitnet.config import Activation
 from moe_bitnet.errors import ShapeError
+from moe_bitnet.kernels.backend_reference import MAX_IN_FEATURES
 from moe_bitnet.kernels.expert_weights import ExpertWeights
 from moe_bitnet.packing import Layout, PackedTernary
 from moe_bitnet.tiles import TernaryMatrix, TiledTernary, block_bytes, num_row_blocks
 
 LAYOUT_CODES: dict[Layout, int] = {"2bit": 0, "base3": 1}
 ACTIVATION_CODES: dict[Activation, int] = {"swiglu": 0, "squared_relu": 1}
-MAX_IN_FEATURES = 2**24 // 128 - 1
-"""Beyond, a float32 does not hold every sum exactly; the reference has the same limit."""
 
 
 class MatricesStructure(ctypes.Structure):

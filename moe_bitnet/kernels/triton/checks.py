@@ -4,12 +4,10 @@ import torch
 from torch import Tensor
 
 from moe_bitnet.errors import ShapeError
+from moe_bitnet.kernels.backend_reference import MAX_IN_FEATURES
 from moe_bitnet.kernels.expert_weights import ExpertWeights
 from moe_bitnet.packing import PackedTernary
 from moe_bitnet.tiles import TernaryMatrix, TiledTernary, block_bytes, num_row_blocks, tile
-
-MAX_IN_FEATURES = 2**24 // 128 - 1
-"""Beyond, a float32 does not hold every sum exactly; the reference has the same limit."""
 
 KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What the quantizers read; others are converted to float32 before."""

@@ -1,8 +1,10 @@
-"""A paged, quantized KV cache under a byte budget: one sequence's keys and values at 16, 8 or 4 bits.
+"""A paged, quantized KV cache under a byte budget: keys and values at 16, 8, 4 or 2 bits.
 
-Reading order: ``config`` (sizes and bytes), ``page`` (where each byte lies), ``codec`` (what each byte means),
-``transform`` and ``codebook`` (the mathematics of the codec), ``pool`` and ``recent`` (the memory),
-``online_softmax`` (attention by tiles), ``cache`` (all of it together), ``memory`` (how many tokens fit).
+Reading order: ``config`` (sizes and bytes), ``page`` (where each byte lies), ``codec`` (what each byte means) with
+``frame``, ``trellis`` and ``scale`` (its mathematics), ``calibration`` (frames made for a model), ``cache`` (sequences
+that are appended and attended) with ``page_store``, ``page_table``, ``pool`` and ``prefix`` (the memory), ``kernels``
+(the same arithmetic in C++ and Triton), ``memory`` (how many tokens fit), ``page_file`` (pages on disk), ``quality``
+(what a format costs), ``hf`` (for Hugging Face models).
 """
 
 from kvcache.cache import QuantizedKVCache

@@ -1,156 +1,262 @@
-"""Encode a page of keys and values into bytes and decode runs of pages: the specification of the format.
+"""Encode one layer's part of a page and decode it: the specification of the format.
 
-In: the keys and values of ``page_size`` tokens. Out: ``page_bytes`` bytes as drawn in ``page.py``, and back. A plane
-that is marked rotated is rotated here on the way in and stays rotated on the way out: attention works on rotated
-vectors, and rotating each key back would cost far more than rotating the query.
+In: the float16 planes of an exact page. Out: ``layer_bytes`` bytes as drawn in ``page.py``, and back. Every backend
+gives the same bytes: sums that could be ordered differently are float64 and rounded once, all else is float32 in the
+order written here.
 
-Every scale multiplies (``x ≈ level * scale``). Float16 scales are rounded up, so that no code has to be clipped; the
-4-bit scale search may still choose to clip, where that lowers the squared error of the group.
-
-Eight bits, one row of D channels (one token, one head):
-    scale = fp16_up(max |x| / 127),  code = round(x / scale) in -127..127
-
-Four bits, one group of g channels:
-    base        = fp16_up(max |x| of the page's plane / 127)
-    scale       = base * 2 ** ((scale_code - 255) / 16), the smallest that reaches max |x| of the group, or one of the
-                  next five below it
-    code        = index of the level next to x / scale
-    byte j      = | code of channel 2j+1 | code of channel 2j |
-                    bits 7..4              bits 3..0
+A scale multiplies (``y ≈ level * scale``) and belongs to one token of one head:
+    8 bits       the smallest scale that reaches the largest channel; levels are rounded
+    4, 2 bits    the scale of a Gaussian vector of the same length, or one of ``SCALE_STEPS`` from it: for keys the one
+                 whose weighted error is least, for values (whose streams run across tokens) likewise with every token
+                 shifted by the same number of steps; then the trellis finds the codes
 """
 
 import torch
 from torch import Tensor
 
-from kvcache import codebook
-from kvcache.page import FP16_BYTES, PageFormat, PlaneFormat
-from kvcache.transform import rotate
+from kvcache.frame import LayerFrame, PlaneFrame
+from kvcache.page import FP16_BYTES, LANES, PAGE_SIZE, WORD_BITS, LayerFormat, PlaneFormat, Segment
+from kvcache.scale import NUM_SCALES, covering_scale_code, nearest_scale_code, scales
+from kvcache.trellis import LARGEST_LEVEL, LEVEL_UNIT, decode_rows, encode_rows
 
-# Scales tried per group: the covering one and five below (down to 0.81 of it). On Gaussian groups of 32 the search
-# gains 0.74 dB, and a seventh candidate nothing more.
-NUM_SCALE_CANDIDATES = 6
-
-_LARGEST_INT8 = 127
+# Sixteenths of an octave from the Gaussian scale, in the order of trial. On real keys at 4 bits the search halves the
+# divergence; more steps gain nothing (docs/experiments.md).
+SCALE_STEPS = (0, -4, -2, 2, 4, 6)
 
 
-def encode_page(page_format: PageFormat, key: Tensor, value: Tensor) -> Tensor:
-    """Quantize the tokens of one page.
+def encode_layer(layer_format: LayerFormat, frame: LayerFrame, exact: Tensor) -> Tensor:
+    """Quantize one layer of a page.
 
     Args:
-        page_format: sizes and bits of both planes.
-        key: ``[num_kv_heads, page_size, head_dim]`` float16 or float32, finite, not rotated.
+        layer_format: sizes and bits.
+        frame: the maps of the layer.
+        exact: uint8 ``[exact layer bytes]``: float16 planes, finite.
+
+    Returns:
+        uint8 ``[layer_bytes]``.
+    """
+    key, value = read_exact_layer(layer_format, exact)
+    key_planes = _encode_keys(layer_format.key, frame.key, key)
+    value_planes = _encode_values(layer_format.value, frame.value, value)
+    return torch.cat((key_planes, value_planes), dim=1).flatten()
+
+
+def decode_layer(layer_format: LayerFormat, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Dequantize one layer of a page, still in the coordinates of its frame.
+
+    Args:
+        layer_format: sizes and bits.
+        packed: uint8 ``[layer_bytes]``.
+
+    Returns:
+        Keys and values, float32 ``[num_kv_heads, 64, head_dim]``; planes of 16 bits have no frame and are as they were.
+    """
+    heads = packed.reshape(layer_format.num_kv_heads, layer_format.head_bytes)
+    key_planes, value_planes = torch.split(heads, [layer_format.key.plane_bytes, layer_format.value.plane_bytes], dim=1)
+    return decode_keys(layer_format.key, key_planes), decode_values(layer_format.value, value_planes)
+
+
+def decode_keys(plane_format: PlaneFormat, planes: Tensor) -> Tensor:
+    """Dequantize key planes uint8 ``[num_kv_heads, plane_bytes]`` to float32 ``[num_kv_heads, 64, head_dim]``."""
+    if plane_format.num_bits == 16:
+        return _as_fp16(planes, plane_format.head_dim, PAGE_SIZE).transpose(1, 2).float()
+    return key_levels(plane_format, planes) * plane_scales(plane_format, planes).unsqueeze(2)
+
+
+def decode_values(plane_format: PlaneFormat, planes: Tensor) -> Tensor:
+    """Dequantize value planes uint8 ``[num_kv_heads, plane_bytes]`` to float32 ``[num_kv_heads, 64, head_dim]``."""
+    if plane_format.num_bits == 16:
+        return _as_fp16(planes, PAGE_SIZE, plane_format.head_dim).float()
+    return value_levels(plane_format, planes) * plane_scales(plane_format, planes).unsqueeze(2)
+
+
+def key_levels(plane_format: PlaneFormat, planes: Tensor) -> Tensor:
+    """Look up the levels of key planes; float32 integers ``[num_kv_heads, 64, head_dim]``."""
+    words = _read_words(plane_format, planes, PAGE_SIZE // LANES)  # [G, 64 tokens, words]
+    return _decode_streams(words, plane_format.segments)
+
+
+def value_levels(plane_format: PlaneFormat, planes: Tensor) -> Tensor:
+    """Look up the levels of value planes; float32 integers ``[num_kv_heads, 64, head_dim]``."""
+    words = _read_words(plane_format, planes, plane_format.head_dim // LANES)  # [G, D channels, words]
+    return _decode_streams(words, plane_format.segments).transpose(1, 2)
+
+
+def plane_scales(plane_format: PlaneFormat, planes: Tensor) -> Tensor:
+    """Read the scales of planes; float32 ``[num_kv_heads, 64]``."""
+    return scales()[planes[:, plane_format.code_bytes :].long()]
+
+
+def read_exact_layer(layer_format: LayerFormat, exact: Tensor) -> tuple[Tensor, Tensor]:
+    """Read the keys and values of one layer of an exact page.
+
+    Args:
+        layer_format: sizes; the bits play no part.
+        exact: uint8 ``[exact layer bytes]``.
+
+    Returns:
+        Keys and values, float32 ``[num_kv_heads, 64, head_dim]``.
+    """
+    head_dim = layer_format.head_dim
+    planes = exact.reshape(layer_format.num_kv_heads, 2, PAGE_SIZE * head_dim * FP16_BYTES)
+    key = _as_fp16(planes[:, 0], head_dim, PAGE_SIZE).transpose(1, 2)
+    return key.float(), _as_fp16(planes[:, 1], PAGE_SIZE, head_dim).float()
+
+
+def write_exact_layer(layer_format: LayerFormat, exact: Tensor, first_slot: int, key: Tensor, value: Tensor) -> None:
+    """Put tokens into one layer of an exact page.
+
+    Args:
+        layer_format: sizes; the bits play no part.
+        exact: uint8 ``[exact layer bytes]``, contiguous, changed in place.
+        first_slot: where in the page the first of them goes.
+        key: ``[num_tokens, num_kv_heads, head_dim]`` floats; they are rounded to float16.
         value: like ``key``.
-
-    Returns:
-        ``[page_bytes]`` uint8.
     """
-    return torch.cat((_encode_plane(page_format.key, key), _encode_plane(page_format.value, value)))
+    num_tokens, num_kv_heads, head_dim = key.shape
+    planes = exact.view(torch.float16).view(num_kv_heads, 2, PAGE_SIZE * head_dim)
+    slots = slice(first_slot, first_slot + num_tokens)
+    planes[:, 0].view(num_kv_heads, head_dim, PAGE_SIZE)[:, :, slots] = key.permute(1, 2, 0)
+    planes[:, 1].view(num_kv_heads, PAGE_SIZE, head_dim)[:, slots] = value.transpose(0, 1)
 
 
-def decode_pages(page_format: PageFormat, pages: Tensor) -> tuple[Tensor, Tensor]:
-    """Dequantize a run of pages.
-
-    Args:
-        page_format: sizes and bits of both planes.
-        pages: ``[num_pages, page_bytes]`` uint8 in the order of the sequence.
-
-    Returns:
-        Keys and values, each ``[num_kv_heads, num_pages * page_size, head_dim]`` float32; still rotated where the
-        plane is.
-    """
-    key_plane = pages[:, : page_format.key.plane_bytes]
-    value_plane = pages[:, page_format.key.plane_bytes :]
-    return _decode_plane(page_format.key, key_plane), _decode_plane(page_format.value, value_plane)
-
-
-def _encode_plane(plane_format: PlaneFormat, x: Tensor) -> Tensor:
-    x = rotate(x.float()) if plane_format.is_rotated else x.float()
-    encode = {16: _encode_16_bits, 8: _encode_8_bits, 4: _encode_4_bits}[plane_format.num_bits]
-    content = encode(x, plane_format.group_size)
-    return torch.nn.functional.pad(content, (0, plane_format.plane_bytes - content.numel()))
+def _encode_keys(plane_format: PlaneFormat, frame: PlaneFrame, x: Tensor) -> Tensor:
+    """Return uint8 ``[num_kv_heads, plane_bytes]`` of float32 ``[num_kv_heads, 64, head_dim]``."""
+    if plane_format.num_bits == 16:
+        return x.transpose(1, 2).half().flatten(1).view(torch.uint8)
+    y = frame.encode(x)
+    if _is_plain(plane_format):
+        scale_codes = covering_scale_code(y.abs().amax(dim=2), LARGEST_LEVEL)
+    else:
+        trials = _trial_codes(y)
+        errors = [_key_error(y, codes, plane_format.segments, frame.segment_weights) for codes in trials]
+        scale_codes = _first_best(trials, errors)
+    rows = [_encode_rows(part, segment.num_bits)[0] for part, segment in _cut(_scaled(y, scale_codes), plane_format)]
+    return torch.cat((_write_words(rows, plane_format.segments), scale_codes.to(torch.uint8)), dim=1)
 
 
-def _decode_plane(plane_format: PlaneFormat, plane: Tensor) -> Tensor:
-    end_of_codes = plane_format.scale_bytes + plane_format.code_bytes
-    scales = plane[:, : plane_format.scale_bytes]
-    codes = plane[:, plane_format.scale_bytes : end_of_codes]
-    decode = {16: _decode_16_bits, 8: _decode_8_bits, 4: _decode_4_bits}[plane_format.num_bits]
-    x = decode(scales, codes, plane_format.group_size)
-    x = x.reshape(-1, plane_format.num_kv_heads, plane_format.page_size, plane_format.head_dim)  # [num_pages, G, P, D]
-    return x.transpose(0, 1).flatten(1, 2)
+def _encode_values(plane_format: PlaneFormat, frame: PlaneFrame, x: Tensor) -> Tensor:
+    """Return uint8 ``[num_kv_heads, plane_bytes]`` of float32 ``[num_kv_heads, 64, head_dim]``."""
+    if plane_format.num_bits == 16:
+        return x.half().flatten(1).view(torch.uint8)
+    y = frame.encode(x)
+    if _is_plain(plane_format):
+        scale_codes = covering_scale_code(y.abs().amax(dim=2), LARGEST_LEVEL)
+    else:
+        trials = _trial_codes(y)
+        errors = [_value_error(y, codes, plane_format.num_bits) for codes in trials]
+        scale_codes = _first_best(trials, errors)
+    channels = _scaled(y, scale_codes).transpose(1, 2)  # [G, D, 64]
+    rows = [_encode_rows(channels, plane_format.num_bits)[0]]
+    return torch.cat((_write_words(rows, plane_format.segments), scale_codes.to(torch.uint8)), dim=1)
 
 
-def _encode_16_bits(x: Tensor, group_size: int) -> Tensor:
-    return _as_bytes(x.half())
+def _is_plain(plane_format: PlaneFormat) -> bool:
+    return all(segment.num_bits == 8 for segment in plane_format.segments)
 
 
-def _decode_16_bits(scales: Tensor, codes: Tensor, group_size: int) -> Tensor:
-    return codes.view(torch.float16).float()
+def _trial_codes(y: Tensor) -> list[Tensor]:
+    """Return the scale codes to try for every token: int64 ``[G, 64]`` each, the Gaussian one first."""
+    root_mean_square = y.double().square().mean(dim=2).sqrt()
+    gaussian = nearest_scale_code(root_mean_square * LEVEL_UNIT)
+    return [(gaussian + step).clamp(0, NUM_SCALES - 1) for step in SCALE_STEPS]
 
 
-def _encode_8_bits(x: Tensor, group_size: int) -> Tensor:
-    scale = _fp16_at_least(x.abs().amax(dim=-1, keepdim=True) / _LARGEST_INT8)  # [G, P, 1]
-    codes = (x / _nonzero(scale.float())).round().to(torch.int8)
-    return torch.cat((_as_bytes(scale), _as_bytes(codes)))
+def _scaled(y: Tensor, scale_codes: Tensor) -> Tensor:
+    return y / scales()[scale_codes].unsqueeze(2)
 
 
-def _decode_8_bits(scales: Tensor, codes: Tensor, group_size: int) -> Tensor:
-    scale = scales.view(torch.float16).float().unsqueeze(-1)  # [num_pages, G * P, 1]
-    return codes.view(torch.int8).reshape(*scale.shape[:2], -1).float() * scale
+def _cut(y: Tensor, plane_format: PlaneFormat) -> list[tuple[Tensor, Segment]]:
+    sizes = [segment.num_elements for segment in plane_format.segments]
+    return list(zip(torch.split(y, sizes, dim=2), plane_format.segments, strict=True))
 
 
-def _encode_4_bits(x: Tensor, group_size: int) -> Tensor:
-    groups = x.reshape(-1, group_size)  # [num_groups, g]
-    base = _fp16_at_least(groups.abs().amax().reshape(1) / codebook.LARGEST_LEVEL)
-    scales = base.float() * codebook.scale_steps()  # [256], ascending
-    scale_codes = _search_scale_codes(groups, scales)  # [num_groups]
-    codes = _nearest_codes(groups, scales[scale_codes]).reshape(-1, 2)
-    pairs = codes[:, 0] + codebook.NUM_LEVELS * codes[:, 1]
-    return torch.cat((_as_bytes(base), scale_codes.to(torch.uint8), pairs.to(torch.uint8)))
+def _key_error(y: Tensor, scale_codes: Tensor, segments: tuple[Segment, ...], weights: Tensor) -> Tensor:
+    """Return the weighted squared error of every token, float32 ``[G, 64]``."""
+    error = torch.zeros(y.shape[:2])
+    start = 0
+    z = _scaled(y, scale_codes)
+    for index, segment in enumerate(segments):
+        _, _, squared_error = _encode_rows(z[:, :, start : start + segment.num_elements], segment.num_bits)
+        error = error + weights[:, index, None] * squared_error
+        start += segment.num_elements
+    scale = scales()[scale_codes]
+    return error * (scale * scale)
 
 
-def _decode_4_bits(scales: Tensor, codes: Tensor, group_size: int) -> Tensor:
-    base = scales[:, :FP16_BYTES].view(torch.float16).float()  # [num_pages, 1]
-    scale = base * codebook.scale_steps()[scales[:, FP16_BYTES:].int()]  # [num_pages, num_groups]
-    # As an embedding lookup, which is over three times as fast as indexing with the same bytes.
-    level = torch.nn.functional.embedding(codes.int(), codebook.level_pairs())  # [num_pages, code_bytes, 2]
-    return level.reshape(len(codes), -1, group_size) * scale.unsqueeze(-1)  # [num_pages, num_groups, g]
+def _value_error(y: Tensor, scale_codes: Tensor, num_bits: int) -> Tensor:
+    """Return the squared error of every token, float32 ``[G, 64]``, summed over channels in ascending order."""
+    z = _scaled(y, scale_codes)
+    _, levels, _ = _encode_rows(z.transpose(1, 2), num_bits)
+    distance = z - levels.transpose(1, 2)
+    error = torch.zeros(y.shape[:2])
+    for channel in range(y.shape[2]):
+        error = error + distance[:, :, channel] * distance[:, :, channel]
+    scale = scales()[scale_codes]
+    return error * (scale * scale)
 
 
-def _search_scale_codes(groups: Tensor, scales: Tensor) -> Tensor:
-    """Choose for each group ``[num_groups, g]`` the scale code of least squared error; ties go to the larger scale."""
-    largest = groups.abs().amax(dim=-1)  # [num_groups]
-    covering = torch.searchsorted(scales * codebook.LARGEST_LEVEL, largest).clamp_(max=len(scales) - 1)
-    best_codes = covering
-    best_error = _squared_error(groups, scales[covering])
-    for num_steps in range(1, NUM_SCALE_CANDIDATES):
-        candidate = (covering - num_steps).clamp_(min=0)
-        error = _squared_error(groups, scales[candidate])
-        best_codes = torch.where(error < best_error, candidate, best_codes)
+def _first_best(trials: list[Tensor], errors: list[Tensor]) -> Tensor:
+    """Take for every token the trial of least error; the earliest one among equals."""
+    best, best_error = trials[0], errors[0]
+    for trial, error in zip(trials[1:], errors[1:], strict=True):
+        best = torch.where(error < best_error, trial, best)
         best_error = torch.minimum(error, best_error)
-    return best_codes
+    return best
 
 
-def _squared_error(groups: Tensor, scale: Tensor) -> Tensor:
-    approximation = codebook.levels()[_nearest_codes(groups, scale)] * scale.unsqueeze(-1)
-    return (groups - approximation).square().sum(dim=-1)
+def _encode_rows(x: Tensor, num_bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode ``[G, rows, elements]``: codes uint8 and levels of the same shape, squared error ``[G, rows]``."""
+    if num_bits == 8:
+        levels = x.round().clamp(-LARGEST_LEVEL, LARGEST_LEVEL)
+        distance = x - levels
+        squared_error = torch.zeros(x.shape[:2])
+        for element in reversed(range(x.shape[2])):
+            squared_error = squared_error + distance[:, :, element] * distance[:, :, element]
+        return levels.to(torch.int8).view(torch.uint8), levels, squared_error
+    encoded = encode_rows(x.flatten(0, 1), num_bits)
+    codes, levels = (part.reshape(x.shape) for part in (encoded.codes, encoded.levels))
+    return codes, levels, encoded.squared_error.reshape(x.shape[:2])
 
 
-def _nearest_codes(groups: Tensor, scale: Tensor) -> Tensor:
-    return torch.bucketize(groups / _nonzero(scale).unsqueeze(-1), codebook.level_boundaries())
+def _write_words(rows: list[Tensor], segments: tuple[Segment, ...]) -> Tensor:
+    """Pack codes ``[G, rows, elements]`` of every segment into uint8 ``[G, code_bytes]``, lanes together."""
+    stream = torch.cat(
+        [_join_bits(codes, segment.num_bits) for codes, segment in zip(rows, segments, strict=True)], dim=2
+    )  # [G, rows, bytes of a lane]
+    num_kv_heads, num_rows, _ = stream.shape
+    words = stream.contiguous().view(torch.int32).view(num_kv_heads, num_rows // LANES, LANES, -1)
+    return words.transpose(2, 3).contiguous().flatten(1).view(torch.uint8)
 
 
-def _nonzero(scale: Tensor) -> Tensor:
-    """Replace a zero scale, which only all-zero data has, by one: dividing by it then yields zeros."""
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
+def _join_bits(codes: Tensor, num_bits: int) -> Tensor:
+    """Put codes ``[..., elements]`` into bytes, the first one into the lowest bits."""
+    shifts = torch.arange(0, 8, num_bits)
+    return (codes.long().reshape(*codes.shape[:-1], -1, len(shifts)) << shifts).sum(dim=-1).to(torch.uint8)
 
 
-def _fp16_at_least(x: Tensor) -> Tensor:
-    """Round non-negative float32 up to float16."""
-    rounded = x.half()
-    next_above = (rounded.view(torch.int16) + 1).view(torch.float16)  # non-negative floats are ordered like integers
-    return torch.where(rounded.float() < x, next_above, rounded)
+def _read_words(plane_format: PlaneFormat, planes: Tensor, num_tiles: int) -> Tensor:
+    """Return the streams of all lanes: uint8 ``[G, 16 * num_tiles, bytes of a lane]``."""
+    codes = planes[:, : plane_format.code_bytes].contiguous().view(torch.int32)
+    words = codes.view(len(planes), num_tiles, -1, LANES).transpose(2, 3).flatten().contiguous()
+    return words.view(torch.uint8).view(len(planes), num_tiles * LANES, -1)
 
 
-def _as_bytes(x: Tensor) -> Tensor:
-    return x.contiguous().reshape(-1).view(torch.uint8)
+def _decode_streams(streams: Tensor, segments: tuple[Segment, ...]) -> Tensor:
+    """Return the levels of uint8 ``[G, rows, bytes of a lane]``: float32 ``[G, rows, elements]``."""
+    parts = torch.split(streams, [segment.num_words * WORD_BITS // 8 for segment in segments], dim=2)
+    return torch.cat(
+        [_segment_levels(part, segment.num_bits) for part, segment in zip(parts, segments, strict=True)], dim=2
+    )
+
+
+def _segment_levels(part: Tensor, num_bits: int) -> Tensor:
+    if num_bits == 8:
+        return part.view(torch.int8).float()
+    codes = (part.unsqueeze(-1) >> torch.arange(0, 8, num_bits)) & ((1 << num_bits) - 1)
+    codes = codes.flatten(2)  # [G, rows, elements]
+    return decode_rows(codes.flatten(0, 1), num_bits).reshape(codes.shape)
+
+
+def _as_fp16(planes: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    return planes.contiguous().view(torch.float16).view(len(planes), num_rows, num_columns)

@@ -2,10 +2,17 @@
 
 from dataclasses import dataclass
 
-from kvcache.page import FP16_BYTES, PageFormat, PlaneFormat
+from kvcache.page import (
+    FP16_BYTES,
+    PAGE_SIZE,
+    LayerFormat,
+    PageFormat,
+    key_plane_format,
+    value_plane_format,
+)
 from moe_bitnet.errors import ConfigError
 
-SUPPORTED_BITS = (16, 8, 4)
+SUPPORTED_BITS = (16, 8, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -16,19 +23,15 @@ class KVCacheConfig:
     between formats measure the format alone.
 
     Attributes:
-        num_layers: L, layers that append to the cache.
+        num_layers: L, layers that keep keys and values.
         num_kv_heads: G, key/value heads per layer.
-        head_dim: D, elements per head; a power of two where a rotated format is used, even at 4 bits.
-        key_bits: 16, 8 or 4.
-        value_bits: 16, 8 or 4.
-        page_size: P, tokens that are quantized together, once.
-        num_sink_tokens: first tokens of the sequence, kept in float16 for good.
-        num_window_tokens: most recent tokens that are in float16 at any time, at least 1; up to ``page_size - 1``
-            older ones wait beside them until they fill a page. A chunk of at most this many tokens attends to its
-            own tokens unquantized.
-        group_size: channels that share a scale at 4 bits; a smaller ``head_dim`` is one group.
-        is_rotated: quantize the Walsh-Hadamard transform of keys and values instead of themselves. Says nothing
-            about 16-bit planes, which are never rotated.
+        head_dim: D, elements per head; a multiple of 16.
+        key_bits: 16, 8, 4 or 2.
+        value_bits: 16, 8, 4 or 2.
+        layer_bits: ``(layer_index, key_bits, value_bits)`` of layers that differ from the rest.
+        num_sink_tokens: first tokens of a sequence, kept in float16 for good; a multiple of 64.
+        num_window_tokens: the most recent tokens that are in float16 at any time; up to 63 older ones wait beside them
+            until they fill a page.
 
     Raises:
         ConfigError: a size or combination that cannot work; the message names the field and the way out.
@@ -39,51 +42,67 @@ class KVCacheConfig:
     head_dim: int
     key_bits: int = 8
     value_bits: int = 8
-    page_size: int = 64
-    num_sink_tokens: int = 32
-    num_window_tokens: int = 64
-    group_size: int = 32
-    is_rotated: bool = True
+    layer_bits: tuple[tuple[int, int, int], ...] = ()
+    num_sink_tokens: int = 64
+    num_window_tokens: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_kv_heads", "head_dim", "page_size", "num_window_tokens", "group_size"):
+        for name in ("num_layers", "num_kv_heads", "head_dim"):
             _check_at_least(name, getattr(self, name), 1)
-        _check_at_least("num_sink_tokens", self.num_sink_tokens, 0)
-        for name in ("key_bits", "value_bits"):
-            _check_at_least(name, getattr(self, name), min(SUPPORTED_BITS))
-            if getattr(self, name) not in SUPPORTED_BITS:
-                raise ConfigError(f"KVCacheConfig: {name} is {getattr(self, name)!r}; use 16 (float16), 8 or 4.")
-        lowest_bits = min(self.key_bits, self.value_bits)
-        if lowest_bits == 4 and (self.head_dim % 2 or self.head_dim % self.channels_per_scale):
+        for name in ("num_sink_tokens", "num_window_tokens"):
+            _check_at_least(name, getattr(self, name), 0)
+        if self.num_sink_tokens % PAGE_SIZE:
             raise ConfigError(
-                f"KVCacheConfig: 4 bits need an even head_dim that group_size divides; head_dim is {self.head_dim}, "
-                f"group_size {self.group_size}. Choose another group_size, or 8 or 16 bits."
+                f"KVCacheConfig: num_sink_tokens is {self.num_sink_tokens}; give a multiple of {PAGE_SIZE}, one page."
             )
-        if self.is_rotated and lowest_bits < 16 and self.head_dim.bit_count() != 1:
-            raise ConfigError(
-                f"KVCacheConfig: the Walsh-Hadamard rotation needs head_dim to be a power of two, not "
-                f"{self.head_dim}. Switch it off with is_rotated=False, or store 16 bits."
-            )
+        _check_bits("key_bits", self.key_bits)
+        _check_bits("value_bits", self.value_bits)
+        for layer_index, key_bits, value_bits in self.layer_bits:
+            if not 0 <= layer_index < self.num_layers:
+                raise ConfigError(
+                    f"KVCacheConfig: layer_bits names layer {layer_index}; there are layers 0 to {self.num_layers - 1}."
+                )
+            _check_bits("key bits in layer_bits", key_bits)
+            _check_bits("value bits in layer_bits", value_bits)
+        if len({layer_index for layer_index, _, _ in self.layer_bits}) < len(self.layer_bits):
+            raise ConfigError(f"KVCacheConfig: layer_bits names a layer twice: {self.layer_bits}.")
+        self.page_format(is_calibrated=False)  # refuses a head_dim that does not fill whole words
+
+    def bits_of_layer(self, layer_index: int) -> tuple[int, int]:
+        """Return a layer's key bits and value bits."""
+        for index, key_bits, value_bits in self.layer_bits:
+            if index == layer_index:
+                return key_bits, value_bits
+        return self.key_bits, self.value_bits
+
+    def page_format(self, is_calibrated: bool) -> PageFormat:
+        """Return where the bytes of a packed page lie; its size does not depend on calibration.
+
+        Args:
+            is_calibrated: keys are sorted by importance (``calibration.py``) and cut into segments.
+        """
+        layers = (self.bits_of_layer(layer_index) for layer_index in range(self.num_layers))
+        return PageFormat(tuple(self._layer_format(*bits, is_calibrated) for bits in layers))
 
     @property
-    def channels_per_scale(self) -> int:
-        """Channels of a 4-bit group: ``group_size``, or ``head_dim`` if that is smaller."""
-        return min(self.group_size, self.head_dim)
-
-    @property
-    def page_format(self) -> PageFormat:
-        """Where the bytes of a page lie."""
-        return PageFormat(key=self._plane_format(self.key_bits), value=self._plane_format(self.value_bits))
+    def exact_page_format(self) -> PageFormat:
+        """Where the bytes of a float16 page lie."""
+        return PageFormat((self._layer_format(16, 16, False),) * self.num_layers)
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one sealed page (``page_size`` tokens of one layer, keys and values), scales included."""
-        return self.page_format.page_bytes
+        """Bytes of a packed page: 64 tokens of all layers, keys and values, scales included."""
+        return self.page_format(is_calibrated=False).page_bytes
+
+    @property
+    def exact_page_bytes(self) -> int:
+        """Bytes of a float16 page."""
+        return PAGE_SIZE * self.fp16_bytes_per_token
 
     @property
     def effective_bits(self) -> float:
-        """Stored bits per element of a sealed page, scales included, averaged over keys and values."""
-        return 8 * self.page_bytes / (2 * self.page_format.key.num_elements)
+        """Stored bits per element of a packed page, scales included, averaged over layers, keys and values."""
+        return 16 * self.page_bytes / self.exact_page_bytes
 
     @property
     def fp16_bytes_per_token(self) -> int:
@@ -91,26 +110,28 @@ class KVCacheConfig:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * FP16_BYTES
 
     @property
-    def max_recent_tokens(self) -> int:
-        """Tokens per layer that can be in float16 at once: sinks, window and the page that is filling up."""
-        return self.num_sink_tokens + self.num_window_tokens + self.page_size - 1
+    def max_tail_tokens(self) -> int:
+        """Most tokens behind the sealed pages: the window and a page that is not full yet."""
+        return self.num_window_tokens + PAGE_SIZE - 1
 
     @property
-    def recent_bytes(self) -> int:
-        """Bytes of the float16 region of all layers, which a cache allocates whatever its length."""
-        return self.max_recent_tokens * self.fp16_bytes_per_token
+    def exact_pages_per_sequence(self) -> int:
+        """Float16 pages that a sequence needs at most: sinks, tail, and one that layers are sealing."""
+        return self.num_sink_tokens // PAGE_SIZE + -(-self.max_tail_tokens // PAGE_SIZE) + 1
 
-    def _plane_format(self, num_bits: int) -> PlaneFormat:
-        return PlaneFormat(
-            num_bits=num_bits,
-            num_kv_heads=self.num_kv_heads,
-            page_size=self.page_size,
-            head_dim=self.head_dim,
-            group_size=self.channels_per_scale,
-            is_rotated=self.is_rotated and num_bits < 16,
+    def _layer_format(self, key_bits: int, value_bits: int, is_calibrated: bool) -> LayerFormat:
+        return LayerFormat(
+            self.num_kv_heads,
+            key_plane_format(key_bits, self.head_dim, is_calibrated),
+            value_plane_format(value_bits, self.head_dim),
         )
 
 
 def _check_at_least(name: str, value: object, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ConfigError(f"KVCacheConfig: {name} is {value!r}; give an integer of at least {minimum}.")
+
+
+def _check_bits(name: str, value: object) -> None:
+    if value not in SUPPORTED_BITS or isinstance(value, bool):
+        raise ConfigError(f"KVCacheConfig: {name} is {value!r}; use 16 (float16), 8, 4 or 2.")

@@ -23,12 +23,17 @@ class AttentionCache(Protocol):
         """Tokens that every layer holds."""
         ...
 
-    def append(self, layer_index: int, key: Tensor, value: Tensor) -> None:
-        """Add the keys (after rotary embedding) and values ``[T, num_kv_heads, D]`` of the next T tokens."""
-        ...
+    def extend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend from the next T tokens to all that is held and to themselves, causally, then hold them too.
 
-    def attend(self, layer_index: int, query: Tensor) -> Tensor:
-        """Return causal attention ``[T, N, D]`` of the last T tokens' ``query`` ``[T, N, D]`` over all that is held."""
+        Args:
+            layer_index: layers take the same tokens one after the other, each once.
+            query: ``[T, N, D]``, after rotary embedding.
+            key: ``[T, num_kv_heads, D]``, after rotary embedding.
+            value: like ``key``.
+        Returns:
+            ``[T, N, D]`` in the dtype of ``query``.
+        """
         ...
 
 
@@ -76,8 +81,7 @@ class Attention(nn.Module):
         if cache is None:
             output = causal_attention(query, key, value)
         else:
-            cache.append(self.layer_index, key[0], value[0])
-            output = cache.attend(self.layer_index, query[0]).unsqueeze(0)
+            output = cache.extend(self.layer_index, query[0], key[0], value[0]).unsqueeze(0)
         projected: Tensor = self.o_proj(output.flatten(-2))
         return projected
 

@@ -49,8 +49,8 @@ class _ShakenCache(HalfCache):
         super().__init__(num_layers)
         self.num_ulps, self.generator = num_ulps, generator
 
-    def attend(self, layer_index, query):
-        return super().attend(layer_index, _shake(query, self.num_ulps, self.generator))
+    def extend(self, layer_index, query, key, value):
+        return super().extend(layer_index, _shake(query, self.num_ulps, self.generator), key, value)
 
 
 def expect(model, token_ids):

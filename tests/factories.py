@@ -58,11 +58,9 @@ class ListCache:
     def length(self):
         return min(sum(len(part) for part in layer) for layer in self.values)
 
-    def append(self, layer_index, key, value):
+    def extend(self, layer_index, query, key, value):
         self.keys[layer_index].append(key.clone())
         self.values[layer_index].append(value.clone())
-
-    def attend(self, layer_index, query):
         key, value = torch.cat(self.keys[layer_index]), torch.cat(self.values[layer_index])
         group_size = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group_size, dim=1), value.repeat_interleave(group_size, dim=1)
@@ -79,8 +77,6 @@ class HalfCache(ListCache):
         super().__init__(num_layers)
         self.dtype = dtype
 
-    def append(self, layer_index, key, value):
-        super().append(layer_index, key.half().to(self.dtype), value.half().to(self.dtype))
-
-    def attend(self, layer_index, query):
-        return super().attend(layer_index, query.to(self.dtype)).float()
+    def extend(self, layer_index, query, key, value):
+        query, key, value = query.to(self.dtype), key.half().to(self.dtype), value.half().to(self.dtype)
+        return super().extend(layer_index, query, key, value).float()

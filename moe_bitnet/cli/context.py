@@ -1,120 +1,137 @@
-"""``moe-bitnet context``: how many tokens FP16, 8-bit and 4-bit caches hold in one budget, and the PPL of each."""
+"""``moe-bitnet context``: how many tokens of keys and values fit into a memory, in each cache format.
+
+With ``--model`` it is a plan: weights, intermediate results and cache of one process, by arithmetic that the allocator
+follows to the byte. Without it, caches of one size are really filled with text of a run (:mod:`context_run`).
+"""
 
 import argparse
+import dataclasses
 from typing import Any
 
-import numpy as np
-import torch
+from rich.console import Console
+from rich.table import Table
 
-from cluster.training.batches import validation_batches
-from cluster.training.shards import load_tokens
-from kvcache import KVCacheConfig, QuantizedKVCache
-from kvcache.memory import max_tokens
-from moe_bitnet.checkpoint.native import load_model
-from moe_bitnet.cli.console import progress_bar, say
+from moe_bitnet.cli.context_run import fill_caches
+from moe_bitnet.cli.planning.known_shapes import KNOWN_SHAPES
+from moe_bitnet.cli.planning.memory_plan import MemoryPlan, plan_memory
+from moe_bitnet.cli.planning.model_shape import WEIGHT_BITS, ModelShape
+from moe_bitnet.cli.planning.model_source import find_model
 from moe_bitnet.cli.run_folder import RunFolder
-from moe_bitnet.cli.threads import single_thread
-from moe_bitnet.errors import CacheFullError, DataError
-from moe_bitnet.evaluation import perplexity, token_losses
-from moe_bitnet.files import write_json_atomically
-from moe_bitnet.model import MoETransformer
-from moe_bitnet.packing import LAYOUTS, Layout
+from moe_bitnet.errors import ConfigError
+from moe_bitnet.packing import LAYOUTS
 from moe_bitnet.units import format_bytes, parse_memory
 
-HELP = "fill FP16, 8-bit and 4-bit key/value caches of one size with text; tokens held and PPL"
+HELP = "plan how many tokens fit beside a model (--model), or fill caches of one size with a run's text"
 DEFAULT_BUDGET = "4MB"
-FORMATS = {"fp16": 16, "8-bit": 8, "4-bit": 4}
-MAX_COMMON_WINDOWS = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--memory", default=DEFAULT_BUDGET, help=f"budget of each cache (default: {DEFAULT_BUDGET})")
-    parser.add_argument("--layout", choices=LAYOUTS, default="2bit", help="which packed model to run (default: 2bit)")
+    plan = parser.add_argument_group("plan")
+    plan.add_argument(
+        "--model",
+        help=f"Hugging Face folder or config.json, checkpoint or run folder, or one of {', '.join(KNOWN_SHAPES)}",
+    )
+    plan.add_argument(
+        "--weights-bits",
+        choices=WEIGHT_BITS,
+        help="bits of the layers' weights, without their scales (default: the files' bytes, or 16)",
+    )
+    plan.add_argument("--sequences", type=int, default=1, help="held at the same time (default: 1)")
+    plan.add_argument("--chunk", type=int, default=512, help="tokens of prefill in one pass (default: 512)")
+    plan.add_argument("--calibrated", action="store_true", help="count the maps of calibrated caches")
+    parser.add_argument(
+        "--memory", help=f"for everything, such as 24GB; without --model for each cache (default: {DEFAULT_BUDGET})"
+    )
+    parser.add_argument("--layout", choices=LAYOUTS, default="2bit", help="without --model: which packed model to run")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Fill the caches; returns tokens held and PPL by format."""
-    return context_run(RunFolder(args.run), parse_memory(args.memory), args.layout)
-
-
-@single_thread()
-def context_run(run_folder: RunFolder, budget_bytes: int, layout: Layout) -> dict[str, Any]:
-    """Fill a cache of each format with validation text until it is full."""
-    model = load_model(run_folder.require_checkpoint(run_folder.packed(layout), "pack"))
-    tokens = torch.from_numpy(load_tokens(run_folder.data, "validation").astype("int64"))
-    config = model.config
-    windows = [
-        torch.from_numpy(np.append(inputs[0], targets[0, -1]))
-        for inputs, targets in validation_batches(tokens.numpy(), 1, config.max_seq_len, MAX_COMMON_WINDOWS)
-    ]
-    formats = [
-        _measure(
-            name,
-            KVCacheConfig(config.num_layers, config.num_kv_heads, config.head_dim, bits, bits),
-            budget_bytes,
-            model,
-            tokens,
-            windows,
-        )
-        for name, bits in FORMATS.items()
-    ]
-    result = {
-        "budget_bytes": budget_bytes,
-        "model": f"ternary {layout}, {config.num_layers} layers, {config.num_kv_heads} KV heads of {config.head_dim}",
-        "trained_seq_len": config.max_seq_len,
-        "common_num_tokens": len(windows) * config.max_seq_len,
-        "formats": formats,
+    """Plan or fill; returns tokens by format, and prints them unless ``--json`` was given."""
+    if args.model is None:
+        result = fill_caches(RunFolder(args.run), parse_memory(args.memory or DEFAULT_BUDGET), args.layout)
+        if not args.json:
+            _print(_run_table(result))
+        return result
+    if args.memory is None:
+        raise ConfigError("--memory is missing; give what weights and cache may take together, such as 24GB.")
+    source = find_model(args.model)
+    weight_bytes, weight_source = source.weights(args.weights_bits)
+    memory_bytes = parse_memory(args.memory)
+    plan = plan_memory(source.shape, memory_bytes, weight_bytes, args.sequences, args.chunk, args.calibrated)
+    if not args.json:
+        _print(_parts_table(source.name, source.shape, plan, weight_source), _formats_table(source.shape, plan))
+    return {
+        "model": source.name,
+        "shape": dataclasses.asdict(source.shape),
+        "num_weights": source.shape.num_weights,
+        "weights": weight_source,
+        **dataclasses.asdict(plan),
     }
-    write_json_atomically(run_folder.json_file("context"), result)
-    return result
 
 
-def _measure(
-    name: str,
-    cache_config: KVCacheConfig,
-    budget_bytes: int,
-    model: MoETransformer,
-    tokens: torch.Tensor,
-    windows: list[torch.Tensor],
-) -> dict[str, Any]:
-    """Score the windows, the same for all formats, then fill the cache to its last token."""
-    num_tokens = max_tokens(cache_config, budget_bytes)
-    if len(tokens) < num_tokens + 1:
-        raise DataError(
-            f"context: the validation text has {len(tokens)} tokens, {num_tokens + 1} are needed to fill "
-            f"{format_bytes(budget_bytes)}. Give a smaller --memory, or build data from more text."
+def _parts_table(name: str, shape: ModelShape, plan: MemoryPlan, weight_source: str) -> Table:
+    heads = f"{shape.num_layers} layers, {shape.num_kv_heads} KV heads of {shape.head_dim}"
+    table = _table(f"{name}: {heads}, {shape.num_weights / 1e9:.3g}B weights", "memory", "bytes")
+    sequences = "1 sequence" if plan.num_sequences == 1 else f"{plan.num_sequences} sequences"
+    for part, num_bytes in (
+        (f"weights, {weight_source}", plan.weight_bytes),
+        (f"one pass of {plan.num_chunk_tokens} tokens", plan.workspace_bytes),
+        (f"logits of {sequences}", plan.logit_bytes),
+        ("maps of a calibrated cache", plan.frame_bytes),
+        (f"cache: float16 sinks and windows of {sequences}", plan.exact_bytes),
+        ("cache: pages", plan.cache_budget_bytes - plan.exact_bytes),
+    ):
+        if num_bytes:
+            table.add_row(part, format_bytes(num_bytes))
+    table.add_row("all", format_bytes(plan.memory_bytes))
+    return table
+
+
+def _formats_table(shape: ModelShape, plan: MemoryPlan) -> Table:
+    tokens = "tokens" if plan.num_sequences == 1 else f"tokens, each of {plan.num_sequences}"
+    table = _table("", "cache", tokens, "× FP16", "bytes a token", "bits", "allocated")
+    for entry in plan.formats:
+        table.add_row(
+            entry.format,
+            f"{entry.num_tokens:,}",
+            f"{entry.multiple:.2f}",
+            f"{entry.bytes_per_token:,.0f}",
+            f"{entry.effective_bits:.3f}",
+            format_bytes(entry.cache_bytes),
         )
-    cache = QuantizedKVCache(cache_config, budget_bytes)
-    window_losses = []
-    for window in windows:
-        window_losses.append(token_losses(model, window, cache))
-        cache.free()
-    with progress_bar(f"{name} cache", num_tokens) as bar:
-        losses = token_losses(
-            model, tokens[: num_tokens + 1], cache, on_chunk=lambda done: bar.update(done, f"{done} tokens")
+    if 0 < shape.max_seq_len < max(entry.num_tokens for entry in plan.formats):
+        table.caption = f"The model was made for {shape.max_seq_len:,} positions."
+        table.caption_justify = "left"
+    return table
+
+
+def _run_table(result: dict[str, Any]) -> Table:
+    title = f"{result['model']}, {format_bytes(result['budget_bytes'])} a cache"
+    table = _table(title, "cache", "tokens", "bytes a token", "bits", "PPL", "PPL, all")
+    for entry in result["formats"]:
+        table.add_row(
+            entry["format"],
+            f"{entry['num_tokens']:,}",
+            f"{entry['bytes_per_token']:,.0f}",
+            f"{entry['effective_bits']:.3f}",
+            f"{entry['ppl_common']:.2f}",
+            f"{entry['ppl_all']:.2f}",
         )
-    assert cache.length == num_tokens
-    _check_full(model, cache, tokens[num_tokens : num_tokens + 1])
-    result = {
-        "format": name,
-        "effective_bits": cache_config.effective_bits,
-        "num_tokens": num_tokens,
-        "allocated_bytes": cache.allocated_bytes,
-        "bytes_per_token": cache.allocated_bytes / num_tokens,
-        "ppl_common": perplexity(torch.cat(window_losses)),
-        "ppl_all": perplexity(losses),
-    }
-    budget, ppl = format_bytes(budget_bytes), result["ppl_common"]
-    say(f"{name}: {num_tokens} tokens in {budget}, PPL {ppl:.2f} within the trained length")
-    return result
+    return table
 
 
-@torch.inference_mode()
-def _check_full(model: MoETransformer, cache: QuantizedKVCache, token: torch.Tensor) -> None:
-    """See that the cache was filled to its last token: one more is refused."""
-    try:
-        model(token[None], cache)
-    except CacheFullError:
-        return
-    raise AssertionError("the cache took a token beyond max_tokens")
+def _table(title: str, first: str, *others: str) -> Table:
+    """Return an empty table: text in the first column, numbers in the others."""
+    table = Table(title=title or None, title_justify="left", header_style="bold", pad_edge=False, box=None)
+    table.add_column(first, overflow="fold")
+    for header in others:
+        table.add_column(header, justify="right", no_wrap=True)
+    return table
+
+
+def _print(*tables: Table) -> None:
+    """Write tables to stdout."""
+    console = Console(highlight=False)
+    for table in tables:
+        console.print(table)

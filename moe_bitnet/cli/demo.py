@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from cluster.config import ClusterConfig
 from cluster.topology import logical_devices
-from moe_bitnet.cli import arguments, context, data, generate, pack, place, report, train
+from moe_bitnet.cli import arguments, context, context_run, data, generate, pack, place, report, train
 from moe_bitnet.cli.console import console, say
 from moe_bitnet.cli.local_generation import Request
 from moe_bitnet.cli.machine import describe_machine
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             )
             generate.generate_run(run_folder, tokenizer, generate.DEFAULT_PROMPT, request, cluster_config)
     with clock.step("context"):
-        context.context_run(run_folder, cache_memory, "2bit")
+        context_run.fill_caches(run_folder, cache_memory, "2bit")
     machine = {**describe_machine(), "demo_s": clock.total_s, "steps_s": clock.steps_s}
     write_json_atomically(run_folder.json_file("machine"), machine)
     return report.report_run(run_folder, is_quiet=args.json)

@@ -13,7 +13,7 @@ from types import ModuleType
 
 from rich.logging import RichHandler
 
-from moe_bitnet.cli import context, data, demo, generate, inspect, pack, place, report, train
+from moe_bitnet.cli import context, data, demo, generate, inspect, kv_eval, pack, place, report, train
 from moe_bitnet.cli.console import console, print_json, say
 from moe_bitnet.cli.run_folder import DEFAULT_RUN
 from moe_bitnet.errors import MoEBitNetError
@@ -28,9 +28,12 @@ COMMANDS: dict[str, ModuleType] = {
     "context": context,
     "report": report,
     "inspect": inspect,
+    "kv-eval": kv_eval,
 }
 # these print for a person by themselves
-_HAS_OWN_OUTPUT = ("demo", "report")
+_HAS_OWN_OUTPUT = ("context", "demo", "kv-eval", "report")
+# these are told of a model, not of an experiment
+_WITHOUT_RUN_FOLDER = ("inspect", "kv-eval")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, module in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=module.HELP, description=f"{module.__doc__}".replace("``", ""))
         subparser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
-        if name != "inspect":
+        if name not in _WITHOUT_RUN_FOLDER:
             subparser.add_argument(
                 "--run",
                 type=Path,

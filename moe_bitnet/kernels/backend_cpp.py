@@ -32,7 +32,7 @@ from moe_bitnet.packing import PackedTernary, packed_width
 from moe_bitnet.tiles import TernaryMatrix, TiledTernary, block_bytes, num_row_blocks
 
 LIBRARY_NAME = "libternary.so"
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
 ISA_VARIABLE = "MOE_BITNET_ISA"
 

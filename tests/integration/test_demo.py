@@ -16,7 +16,7 @@ def test_the_demo_walks_all_steps(tmp_path, capsys):
         (tmp_path / f"text_{index}.py").write_text(text)
     texts = [str(path) for path in sorted(tmp_path.glob("*.py"))]
     run = tmp_path / "run"
-    sizes = ["--device-memory", "110kB", "--memory", "60kB"]
+    sizes = ["--device-memory", "110kB", "--memory", "100kB"]
     assert main(["demo", "--run", str(run), "--size", "tiny", "--no-compile", "--json", *sizes, "--data", *texts]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["missing"] == []
@@ -32,5 +32,5 @@ def test_the_demo_walks_all_steps(tmp_path, capsys):
         assert losses[-1] < losses[0]
         assert list((run / precision / "tensorboard").glob("events.out.tfevents.*"))
     context = json.loads((run / "context.json").read_text())
-    assert [entry["format"] for entry in context["formats"]] == ["fp16", "8-bit", "4-bit"]
+    assert [entry["format"] for entry in context["formats"]] == ["fp16", "8-bit", "4-bit", "2-bit"]
     assert (run / "report" / "report.html").read_text().count("<svg") >= 6

@@ -1,66 +1,83 @@
 import pytest
-import torch
+from cache_factories import append, make_config, without_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache import KVCacheConfig, QuantizedKVCache
-from kvcache.memory import bytes_for_tokens, max_tokens
+from kvcache.cache import PagedKVCache
+from kvcache.memory import bytes_for_tokens, exact_bytes, max_tokens, num_packed_pages
 from moe_bitnet.errors import CacheFullError, ConfigError
 
-configs = st.builds(
-    KVCacheConfig,
-    num_layers=st.integers(1, 3),
-    num_kv_heads=st.integers(1, 3),
-    head_dim=st.sampled_from([2, 8]),
-    key_bits=st.sampled_from([16, 8, 4]),
-    value_bits=st.sampled_from([16, 8, 4]),
-    page_size=st.sampled_from([1, 3, 8]),
-    num_sink_tokens=st.integers(0, 5),
-    num_window_tokens=st.integers(1, 5),
+CONFIGS = st.builds(
+    make_config,
+    key_bits=st.sampled_from([16, 8, 4, 2]),
+    value_bits=st.sampled_from([16, 8, 4, 2]),
+    num_sink_tokens=st.sampled_from([0, 64, 128]),
+    num_window_tokens=st.sampled_from([0, 1, 63, 64, 100, 128]),
 )
 
 
-def fill(cache, num_tokens_at_a_time=1):
-    """Append to all layers until the cache refuses, as a model would."""
-    config = cache.config
-    chunk = torch.ones(num_tokens_at_a_time, config.num_kv_heads, config.head_dim)
-    while True:
-        for layer_index in range(config.num_layers):
-            try:
-                cache.append(layer_index, chunk, chunk)
-            except CacheFullError:
-                return layer_index
+@settings(max_examples=60, deadline=None)
+@given(CONFIGS, st.integers(1, 10_000), st.integers(1, 4))
+def test_bytes_for_tokens_is_the_smallest_budget(config, num_tokens, num_sequences):
+    budget_bytes = bytes_for_tokens(config, num_tokens, num_sequences)
+    assert max_tokens(config, budget_bytes, num_sequences) >= num_tokens
+    assert max_tokens(config, budget_bytes - 1, num_sequences) < num_tokens or budget_bytes == exact_bytes(
+        config, num_sequences
+    )
 
 
-@settings(deadline=None, max_examples=60)
-@given(config=configs, extra_bytes=st.integers(0, 2000))
-def test_max_tokens_is_what_a_really_filled_cache_holds(config, extra_bytes):
-    budget_bytes = config.recent_bytes + extra_bytes
-    cache = QuantizedKVCache(config, budget_bytes)
-    layer_that_refused = fill(cache)
-    assert cache.length == max_tokens(config, budget_bytes)
-    assert layer_that_refused == 0
-    assert cache.allocated_bytes <= budget_bytes
+@settings(max_examples=60, deadline=None)
+@given(CONFIGS, st.integers(0, 10**9), st.integers(1, 4))
+def test_max_tokens_is_the_largest_number_that_fits(config, budget_bytes, num_sequences):
+    num_tokens = max_tokens(config, budget_bytes, num_sequences)
+    if num_tokens:
+        assert bytes_for_tokens(config, num_tokens, num_sequences) <= budget_bytes
+    assert bytes_for_tokens(config, num_tokens + 1, num_sequences) > budget_bytes
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3])
+@pytest.mark.parametrize("num_window", [0, 1, 100, 128])
+@pytest.mark.parametrize("num_sinks", [0, 64])
+def test_a_cache_takes_max_tokens_in_every_sequence_and_no_more(num_sequences, num_window, num_sinks):
+    config = make_config(num_window_tokens=num_window, num_sink_tokens=num_sinks)
+    budget_bytes = exact_bytes(config, num_sequences) + (3 * num_sequences + num_sequences // 2) * config.page_bytes
+    num_tokens = max_tokens(config, budget_bytes, num_sequences)
+    cache = without_attention(PagedKVCache(config, budget_bytes, num_sequences=num_sequences))
+    ids = [cache.new_sequence() for _ in range(num_sequences)]
+    for chunk_len in (1, 100, num_tokens - 102, 1):
+        append(cache, ids, [[5] * chunk_len] * num_sequences)
     cache.check_integrity()
+    with pytest.raises(CacheFullError):
+        append(cache, ids, [[5]] * num_sequences)
+    assert [cache.length(sequence_id) for sequence_id in ids] == [num_tokens] * num_sequences
 
 
-@settings(deadline=None)
-@given(config=configs, num_tokens=st.integers(1, 500))
-def test_bytes_for_tokens_is_the_smallest_budget_that_holds_them(config, num_tokens):
-    budget_bytes = bytes_for_tokens(config, num_tokens)
-    assert max_tokens(config, budget_bytes) >= num_tokens
-    assert max_tokens(config, budget_bytes - 1) < max(num_tokens, config.max_recent_tokens)
+@settings(max_examples=30, deadline=None)
+@given(CONFIGS, st.integers(0, 100_000), st.integers(1, 3))
+def test_a_cache_allocates_what_was_computed_to_the_byte(config, spare_bytes, num_sequences):
+    budget_bytes = exact_bytes(config, num_sequences) + spare_bytes
+    cache = PagedKVCache(config, budget_bytes, num_sequences=num_sequences)
+    num_pages = num_packed_pages(config, budget_bytes, num_sequences)
+    assert cache.allocated_bytes == exact_bytes(config, num_sequences) + num_pages * config.page_bytes
+    assert cache.allocated_bytes == cache._exact.memory.nbytes + cache._packed.memory.nbytes <= budget_bytes
+    assert budget_bytes - cache.allocated_bytes < config.page_bytes
+    assert cache.budget_bytes == budget_bytes
 
 
-def test_budget_below_the_fp16_region_holds_nothing():
-    config = KVCacheConfig(num_layers=2, num_kv_heads=1, head_dim=8)
-    assert max_tokens(config, config.recent_bytes - 1) == 0
-    with pytest.raises(ConfigError, match=f"need {config.recent_bytes}"):
-        QuantizedKVCache(config, config.recent_bytes - 1)
+@pytest.mark.parametrize("make", [PagedKVCache, QuantizedKVCache])
+def test_a_budget_below_the_exact_pages_is_refused(make):
+    config = make_config()
+    assert max_tokens(config, exact_bytes(config) - 1) == 0
+    with pytest.raises(ConfigError, match=f"need {exact_bytes(config)}"):
+        make(config, exact_bytes(config) - 1)
+    assert max_tokens(config, exact_bytes(config)) == 64 + 128 + 63
 
 
-@pytest.mark.parametrize(("bits", "multiple"), [(8, 1.92), (4, 3.7)])
-def test_capacity_against_fp16_under_one_budget(bits, multiple):
-    sizes = {"num_layers": 30, "num_kv_heads": 3, "head_dim": 64}
-    fp16_tokens = max_tokens(KVCacheConfig(key_bits=16, value_bits=16, **sizes), 2**28)
-    assert max_tokens(KVCacheConfig(key_bits=bits, value_bits=bits, **sizes), 2**28) >= multiple * fp16_tokens
+def test_fewer_bits_hold_more_tokens():
+    budget_bytes = 256 * 2**20
+    held = [max_tokens(KVCacheConfig(30, 3, 64, bits, bits), budget_bytes) for bits in (16, 8, 4, 2)]
+    ratios = [round(num_tokens / held[0], 2) for num_tokens in held]
+    assert ratios == sorted(ratios)
+    assert ratios[1] > 1.9
+    assert ratios[2] > 3.5

@@ -309,7 +309,9 @@ def sharp_model(**changes):
     return pack_model(latent.eval())
 
 
-@pytest.mark.parametrize("changes", [{"num_layers": 1}, {"num_layers": 4, "num_shared_experts": 1, "head_dim": 64}])
+@pytest.mark.parametrize(
+    "changes", [{"num_layers": 1, "head_dim": 16}, {"num_layers": 4, "num_shared_experts": 1, "head_dim": 64}]
+)
 def test_greedy_text_is_that_of_the_model_with_a_cache(changes):
     model = sharp_model(**changes)
     config = model.config

@@ -9,7 +9,7 @@
 #include "ternary.h"
 #include "thread_pool.h"
 
-extern "C" int32_t interface_version() { return 3; }
+extern "C" int32_t interface_version() { return 4; }
 
 extern "C" int32_t ternary_grouped_linear(const int8_t* x_q, const float* x_scale, const ternary_matrices* weight,
                                           const int64_t* offsets, float* output, int32_t num_threads) {

@@ -42,10 +42,10 @@ def test_the_steps_after_training_work_one_by_one(run, capsys):
     assert packed["max_abs_logit_difference"] <= 1e-6 * packed["max_abs_logit"]
     place = succeeds(capsys, "place", "--run", run.path, *DEVICES)
     assert place["float16"]["num_devices"] > place["ternary"]["num_devices"] == 1
-    context = succeeds(capsys, "context", "--run", run.path, "--memory", "60kB")
+    context = succeeds(capsys, "context", "--run", run.path, "--memory", "100kB")
     tokens = [entry["num_tokens"] for entry in context["formats"]]
     assert tokens == sorted(tokens)
-    assert all(entry["allocated_bytes"] <= 60_000 for entry in context["formats"])
+    assert all(entry["allocated_bytes"] <= 100_000 for entry in context["formats"])
     text = succeeds(capsys, "generate", "--run", run.path, "--model", run.packed("2bit"), "--max-new-tokens", 5)
     assert text["num_new_tokens"] == 5
     inspected = succeeds(capsys, "inspect", run.packed("base3"))

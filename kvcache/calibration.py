@@ -1,0 +1,214 @@
+"""Frames made for a model: from second moments of its queries, keys and values on any text, no gradients.
+
+In: post-RoPE queries, keys and values, layer by layer. Out: one ``LayerFrame`` a layer, for given widths.
+
+Keys. With C the covariance of a head's keys and H the second moment of its queries, an error e in a key moves scores by
+``e H e`` on average. The map that makes both diagonal at once sorts channels by ``w``, the eigenvalues of
+``H^1/2 C H^1/2``. Channels with a large w get more bits (the segments of ``page.py``); within a segment a flat
+orthonormal matrix spreads w evenly, and the power of keys and queries is balanced, which minimizes the error of a code
+with one scale. On SmolLM2 this alone lowers the mean error of scores by 3 dB against a plain rotation.
+
+Values are mapped likewise with H the identity: errors of values simply add up in the output.
+
+The mean of keys shifts all scores of a query alike and the mean of values moves the output by itself; neither needs
+bits.
+
+Source: reverse water-filling, Cover and Thomas, Elements of Information Theory, section 10.3.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kvcache.config import KVCacheConfig
+from kvcache.frame import LayerFrame, PlaneFrame, flat_orthonormal, plain_frame
+from kvcache.page import PlaneFormat, Segment
+from moe_bitnet.errors import CheckpointError, ConfigError, ShapeError
+
+# Added to second moments, relative to their mean diagonal: directions that calibration hardly saw count a little.
+REGULARIZATION = 1e-2
+# A segment of plain int8 has one scale with its trellis neighbours; at half their deviation it clips at 6.8 of its own.
+INT8_DEVIATION = 0.5
+_NAMES = ("count", "key_sum", "key_square", "query_square", "value_sum", "value_square")
+
+
+@dataclass
+class Moments:
+    """Sums over tokens, for every layer and KV head; float64.
+
+    Attributes:
+        count: ``[L]`` tokens.
+        key_sum: ``[L, G, D]``.
+        key_square: ``[L, G, D, D]``, sums of outer products.
+        query_square: like ``key_square``, over tokens and the query heads of a KV head.
+        value_sum: ``[L, G, D]``.
+        value_square: ``[L, G, D, D]``.
+    """
+
+    count: Tensor
+    key_sum: Tensor
+    key_square: Tensor
+    query_square: Tensor
+    value_sum: Tensor
+    value_square: Tensor
+
+    @classmethod
+    def zeros(cls, num_layers: int, num_kv_heads: int, head_dim: int) -> "Moments":
+        """Return moments of no token."""
+        vector, matrix = (num_layers, num_kv_heads, head_dim), (num_layers, num_kv_heads, head_dim, head_dim)
+        shapes = ((num_layers,), vector, matrix, matrix, vector, matrix)
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def add(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Count tokens of one layer.
+
+        Args:
+            layer_index: which layer.
+            query: ``[T, num_heads, head_dim]``, floats, after RoPE.
+            key: ``[T, num_kv_heads, head_dim]``, after RoPE.
+            value: like ``key``.
+
+        Raises:
+            ShapeError: sizes differ from those of these moments.
+        """
+        _, num_kv_heads, head_dim = self.key_sum.shape
+        if key.shape != value.shape or key.shape[1:] != (num_kv_heads, head_dim) or query.shape[1] % num_kv_heads:
+            raise ShapeError(
+                f"Moments.add: query, key, value have shapes {list(query.shape)}, {list(key.shape)}, "
+                f"{list(value.shape)}; give [T, a multiple of {num_kv_heads}, {head_dim}] and twice "
+                f"[T, {num_kv_heads}, {head_dim}]."
+            )
+        key, value = (x.double().transpose(0, 1) for x in (key, value))  # [G, T, D]
+        query = (
+            query.double().reshape(query.shape[0], num_kv_heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
+        )  # [G, T * N / G, D]
+        self.count[layer_index] += key.shape[1]
+        self.key_sum[layer_index] += key.sum(dim=1)
+        self.value_sum[layer_index] += value.sum(dim=1)
+        for square, x in ((self.key_square, key), (self.query_square, query), (self.value_square, value)):
+            square[layer_index] += x.transpose(1, 2) @ x
+
+    def save(self, path: Path) -> None:
+        """Write the moments to a safetensors file, as float32."""
+        save_file({name: getattr(self, name).float().contiguous() for name in _NAMES}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Moments":
+        """Read a file that ``save`` wrote.
+
+        Raises:
+            CheckpointError: it is missing, or is no such file.
+        """
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"calibration {path} cannot be read ({error}). Calibrate the model again.") from error
+        if sorted(tensors) != sorted(_NAMES):
+            raise CheckpointError(f"{path} holds {sorted(tensors)}, not the moments {list(_NAMES)}.")
+        return cls(*(tensors[name].double() for name in _NAMES))
+
+
+def calibrated_frames(moments: Moments, config: KVCacheConfig) -> list[LayerFrame]:
+    """Compute the maps of every layer.
+
+    Args:
+        moments: of at least a few hundred tokens.
+        config: the cache's sizes and widths.
+
+    Raises:
+        ConfigError: the moments are of another shape, or of fewer tokens than ``head_dim``.
+    """
+    shape = (config.num_layers, config.num_kv_heads, config.head_dim)
+    if tuple(moments.key_sum.shape) != shape:
+        raise ConfigError(
+            f"calibration is for [layers, KV heads, head_dim] = {list(moments.key_sum.shape)}, the cache has "
+            f"{list(shape)}. Calibrate this model."
+        )
+    if moments.count.min() < config.head_dim:
+        raise ConfigError(
+            f"calibration saw {int(moments.count.min())} tokens; give at least {config.head_dim}, better 4096."
+        )
+    page_format = config.page_format(is_calibrated=True)
+    return [
+        LayerFrame(
+            key=_key_frame(moments, layer_index, layer.key), value=_value_frame(moments, layer_index, layer.value)
+        )
+        for layer_index, layer in enumerate(page_format.layers)
+    ]
+
+
+def _key_frame(moments: Moments, layer_index: int, plane_format: PlaneFormat) -> PlaneFrame:
+    num_kv_heads, head_dim = moments.key_sum.shape[1:]
+    if plane_format.num_bits == 16:
+        return plain_frame(num_kv_heads, head_dim)
+    mean, covariance = _covariance(moments.count, moments.key_sum, moments.key_square, layer_index)
+    query_square = moments.query_square[layer_index]
+    query_square = query_square / query_square.diagonal(dim1=1, dim2=2).mean()
+    heads = zip(covariance, query_square, strict=True)
+    return _join(mean, [_balanced_map(*head, plane_format.segments) for head in heads])
+
+
+def _value_frame(moments: Moments, layer_index: int, plane_format: PlaneFormat) -> PlaneFrame:
+    num_kv_heads, head_dim = moments.value_sum.shape[1:]
+    if plane_format.num_bits == 16:
+        return plain_frame(num_kv_heads, head_dim)
+    mean, covariance = _covariance(moments.count, moments.value_sum, moments.value_square, layer_index)
+    identity = torch.eye(head_dim, dtype=torch.float64)
+    segments = (Segment(head_dim, plane_format.num_bits),)
+    return _join(mean, [_balanced_map(each, identity, segments) for each in covariance])
+
+
+def _covariance(count: Tensor, total: Tensor, square: Tensor, layer_index: int) -> tuple[Tensor, Tensor]:
+    mean = total[layer_index] / count[layer_index]  # [G, D]
+    return mean, square[layer_index] / count[layer_index] - mean[:, :, None] * mean[:, None, :]
+
+
+def _balanced_map(covariance: Tensor, weight: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a head's encode matrix, decode matrix and segment weights, float64, for row vectors."""
+    covariance, weight = _regularized(covariance), _regularized(weight)
+    root = _symmetric_power(weight, 0.5)
+    importance, directions = torch.linalg.eigh(root @ covariance @ root)
+    importance, directions = importance.flip(0).clamp(min=1e-30), directions.flip(1)
+    sorted_map = root @ directions  # columns: variance `importance`, weight 1
+    columns, start = [], 0
+    for segment in segments:
+        part = slice(start, start + segment.num_elements)
+        balanced = sorted_map[:, part] * importance[part] ** -0.25  # variance = weight = importance ** 0.5
+        flat = balanced @ flat_orthonormal(segment.num_elements)
+        deviation = importance[part].sqrt().mean().sqrt()
+        is_shared_int8 = segment.num_bits == 8 and len(segments) > 1
+        columns.append(flat / deviation * (INT8_DEVIATION if is_shared_int8 else 1.0))
+        start += segment.num_elements
+    encode_matrix = torch.cat(columns, dim=1)
+    decode_matrix = torch.linalg.inv(encode_matrix)
+    weights = (decode_matrix @ weight @ decode_matrix.T).diagonal()
+    sizes = [segment.num_elements for segment in segments]
+    segment_weights = torch.stack([part.mean() for part in weights.split(sizes)])
+    return encode_matrix, decode_matrix, segment_weights / segment_weights.max()
+
+
+def _regularized(matrix: Tensor) -> Tensor:
+    level = REGULARIZATION * matrix.diagonal().mean().clamp(min=1e-12)
+    return matrix + level * torch.eye(len(matrix), dtype=matrix.dtype)
+
+
+def _symmetric_power(matrix: Tensor, power: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    powered: Tensor = vectors * values.clamp(min=1e-30) ** power @ vectors.T
+    return powered
+
+
+def _join(mean: Tensor, heads: Sequence[tuple[Tensor, Tensor, Tensor]]) -> PlaneFrame:
+    encode, decode, weights = (torch.stack(parts).float().contiguous() for parts in zip(*heads, strict=True))
+    return PlaneFrame(mean.float().contiguous(), encode, decode, weights)
+
+
+def plain_frames(config: KVCacheConfig) -> list[LayerFrame]:
+    """Return the maps that need no calibration, the same for every layer."""
+    frame = plain_frame(config.num_kv_heads, config.head_dim)
+    return [LayerFrame(frame, frame)] * config.num_layers

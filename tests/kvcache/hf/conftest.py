@@ -1,0 +1,3 @@
+import pytest
+
+pytest.importorskip("transformers", reason="transformers is not installed (pip install moe-bitnet[hf])")

@@ -1,0 +1,108 @@
+import dataclasses
+
+import pytest
+import torch
+from page_factories import exact_page
+
+from kvcache import KVCacheConfig
+from kvcache.calibration import Moments, calibrated_frames, plain_frames
+from kvcache.codec import decode_keys, encode_layer
+from kvcache.page import PAGE_SIZE
+from moe_bitnet.errors import CheckpointError, ConfigError, ShapeError
+
+CONFIG = KVCacheConfig(num_layers=2, num_kv_heads=2, head_dim=64, key_bits=4, value_bits=4)
+NUM_TOKENS = 1024
+
+
+def skewed_tokens(seed=0):
+    """Queries, keys and values whose channels differ by orders of magnitude, with a large mean key."""
+    generator = torch.Generator().manual_seed(seed)
+    key_power, query_power = torch.logspace(1, -2, 64), torch.logspace(0.5, -1, 64)
+    mean = 3 * torch.randn(64, generator=torch.Generator().manual_seed(9))
+    mixing = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(8)))[0]
+    query = torch.randn(NUM_TOKENS, 6, 64, generator=generator) * query_power @ mixing
+    key = torch.randn(NUM_TOKENS, 2, 64, generator=generator) * key_power @ mixing + mean
+    value = torch.randn(NUM_TOKENS, 2, 64, generator=generator) + 1
+    return query, key, value
+
+
+def moments_of(*tokens):
+    moments = Moments.zeros(2, 2, 64)
+    for layer_index in range(2):
+        moments.add(layer_index, *tokens)
+    return moments
+
+
+def test_moments_of_two_halves_are_those_of_the_whole():
+    query, key, value = skewed_tokens()
+    whole = moments_of(query, key, value)
+    halves = Moments.zeros(2, 2, 64)
+    for layer_index in range(2):
+        for part in (slice(0, 500), slice(500, None)):
+            halves.add(layer_index, query[part], key[part], value[part])
+    for name, total in vars(whole).items():
+        torch.testing.assert_close(getattr(halves, name), total)
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 2), (4, 2), (16, 16)])
+def test_maps_are_inverse_and_of_the_formats_segments(bits):
+    config = dataclasses.replace(CONFIG, key_bits=bits[0], value_bits=bits[1])
+    frames = calibrated_frames(moments_of(*skewed_tokens()), config)
+    page_format = config.page_format(is_calibrated=True)
+    for frame, layer in zip(frames, page_format.layers, strict=True):
+        for plane in (frame.key, frame.value):
+            product = plane.encode_matrix.double() @ plane.decode_matrix.double()
+            torch.testing.assert_close(product, torch.eye(64).double().expand(2, 64, 64), rtol=0, atol=1e-4)
+        assert frame.key.segment_weights.shape == (2, max(1, len(layer.key.segments)))
+
+
+def test_mapped_keys_have_unit_variance_and_no_mean():
+    query, key, value = skewed_tokens()
+    frame = calibrated_frames(moments_of(query, key, value), dataclasses.replace(CONFIG, key_bits=8))[0]
+    y = frame.key.encode(key.transpose(0, 1))
+    assert y.mean(dim=1).abs().max() < 1e-3
+    torch.testing.assert_close(y.square().mean(dim=(1, 2)), torch.ones(2), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize(("num_bits", "gain_db"), [(4, 5), (2, 5)])
+def test_scores_err_less_than_with_a_plain_rotation(num_bits, gain_db):
+    config = dataclasses.replace(CONFIG, key_bits=num_bits)
+    calibrated = calibrated_frames(moments_of(*skewed_tokens(seed=0)), config)[0]
+    plain = plain_frames(config)[0]
+    query, key, value = skewed_tokens(seed=1)
+    errors_db = []
+    for frame, is_calibrated in ((plain, False), (calibrated, True)):
+        layer = config.page_format(is_calibrated).layers[0]
+        packed = encode_layer(layer, frame, exact_page(layer, key[:PAGE_SIZE], value[:PAGE_SIZE]))
+        y = decode_keys(layer.key, packed.view(2, -1)[:, : layer.key.plane_bytes])
+        difference = frame.key.decode(y) - key[:PAGE_SIZE].half().float().transpose(0, 1)
+        difference = difference - difference.mean(dim=1, keepdim=True)  # softmax does not see a common shift
+        scores = query.unflatten(1, (2, 3)).permute(1, 2, 0, 3).flatten(1, 2) @ difference.transpose(1, 2)
+        errors_db.append(10 * scores.square().mean().log10())
+    assert errors_db[0] - errors_db[1] > gain_db
+
+
+def test_file_brings_the_moments_back(tmp_path):
+    moments = moments_of(*skewed_tokens())
+    moments.save(tmp_path / "moments.safetensors")
+    loaded = Moments.load(tmp_path / "moments.safetensors")
+    for name, total in vars(moments).items():
+        assert torch.equal(getattr(loaded, name), total.float().double())
+
+
+def test_wrong_files_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Moments.load(tmp_path / "nothing")
+    (tmp_path / "text").write_text("no tensors here, but long enough to have a header")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Moments.load(tmp_path / "text")
+
+
+def test_moments_of_another_model_are_refused():
+    moments = moments_of(*skewed_tokens())
+    with pytest.raises(ConfigError, match="Calibrate this model"):
+        calibrated_frames(moments, dataclasses.replace(CONFIG, num_layers=3))
+    with pytest.raises(ConfigError, match="saw 0 tokens"):
+        calibrated_frames(Moments.zeros(2, 2, 64), CONFIG)
+    with pytest.raises(ShapeError, match=r"Moments\.add"):
+        moments.add(0, torch.zeros(1, 3, 64), torch.zeros(1, 2, 64), torch.zeros(1, 2, 64))

@@ -112,7 +112,7 @@ def _fill(case: Case, format_name: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.sequence_fill", *options]
     answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **_ENVIRONMENT})
     if answer.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{answer.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(command)} ended with {answer.returncode}:\n{answer.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
     return result
 

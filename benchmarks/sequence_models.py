@@ -144,7 +144,10 @@ class _StoredSubject(Subject):
 
 
 class TernarySubject(_StoredSubject):
-    """This project's mixture of experts in the demo's shape, packed in 2 bits."""
+    """This project's mixture of experts in the demo's shape, packed in 2 bits.
+
+    It computes with one thread, as the command line does with models so small (``moe_bitnet/cli/threads.py``).
+    """
 
     weights = "random ternary, 2 bits"
 
@@ -152,6 +155,7 @@ class TernarySubject(_StoredSubject):
         config = PRESETS["demo"].model_config(PRESETS["demo"].vocab_size, "ternary")
         super().__init__(config.num_layers, config.num_kv_heads, config.head_dim)
         self._model = build_packed_model(config, "2bit", float_dtype=torch.float32)
+        torch.set_num_threads(1)
 
     def append(self, num_tokens: int) -> None:
         """See the base class."""

@@ -240,11 +240,25 @@ def ask(model: Any, cache: Any, needle: TokenizedNeedle) -> Answer:
 
     The true answer is fed as well: the model must predict each of its tokens after the true ones before.
     """
-    fork = copy.deepcopy(cache)
+    fork = _fork(cache)
     question_and_answer = torch.cat((needle.question_ids, needle.answer_ids[:-1]))
     logits = forward(model, question_and_answer, fork, num_logits=len(needle.answer_ids))
-    fork.reset()  # gives its pages back
+    if isinstance(fork, HFPagedCache):
+        fork.reset()  # gives its pages back
     return score_answer(logits, needle.answer_ids.to(logits.device))
+
+
+def _fork(cache: Any) -> Any:
+    """Return a cache that can grow by itself.
+
+    The layers of transformers' own growing caches replace their tensors and never write into them, so that copies may
+    share them; tensors of quantization libraries often cannot be copied deeply.
+    """
+    if isinstance(cache, HFPagedCache):
+        return cache.fork()
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    return fork
 
 
 def forward(model: Any, token_ids: Tensor, cache: Any, num_logits: int = 0) -> Tensor:

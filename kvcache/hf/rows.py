@@ -38,7 +38,7 @@ class SequenceRows:
     when the next one begins.
 
     Args:
-        store: where tokens go; freed of them when the rows are collected.
+        store: where tokens go; they are freed when the rows are collected.
         num_layers: L.
         device: where the store computes.
     """
@@ -52,7 +52,7 @@ class SequenceRows:
         self._num_layers_done = 0
         self._step: Step | None = None
         self._is_token: Tensor | None = None  # bool [batch_size, num_positions]; None while there is no padding
-        weakref.finalize(self, _free_all, store, self.sequence_ids)
+        weakref.finalize(self, _free_all, store, self.sequence_ids).atexit = False
 
     @property
     def batch_size(self) -> int:

@@ -36,22 +36,22 @@ def load_segments(digits, rows, is_row, KEY_SEGMENTS: tl.constexpr, NUM_DIGITS: 
     """
     parts = ()
     for index in tl.static_range(len(KEY_SEGMENTS)):
-        parts += (load_segment(digits, rows, is_row, KEY_SEGMENTS[index], NUM_DIGITS),)  # type: ignore[assignment]
+        parts += (load_segment(digits, rows, is_row, KEY_SEGMENTS, index, NUM_DIGITS),)  # type: ignore[assignment]
     return parts
 
 
 @triton.jit
-def load_segment(digits, rows, is_row, SEGMENT: tl.constexpr, NUM_DIGITS: tl.constexpr):
+def load_segment(digits, rows, is_row, SEGMENTS: tl.constexpr, INDEX: tl.constexpr, NUM_DIGITS: tl.constexpr):
     """Load the digits of one segment, int8 ``[padded channels, rows]`` twice."""
-    high = load_digits(digits, rows, is_row, SEGMENT[5], SEGMENT[2], NUM_DIGITS)
+    high = load_digits(digits, rows, is_row, SEGMENTS[INDEX][5], SEGMENTS[INDEX][2], NUM_DIGITS)
     low = high
-    if SEGMENT[1] == 8:
-        low = load_digits(digits, rows, is_row, SEGMENT[5] + SEGMENT[2], SEGMENT[2], NUM_DIGITS)
+    if SEGMENTS[INDEX][1] == 8:
+        low = load_digits(digits, rows, is_row, SEGMENTS[INDEX][5] + SEGMENTS[INDEX][2], SEGMENTS[INDEX][2], NUM_DIGITS)
     return high, low
 
 
 @triton.jit
-def segment_scores(words, starts, high, low, unit, level_table, SEGMENT: tl.constexpr):
+def segment_scores(words, starts, high, low, unit, level_table, SEGMENTS: tl.constexpr, INDEX: tl.constexpr):
     """Return a segment's part of the scores, float32 ``[64, rows]``, before the scale of the token.
 
     Args:
@@ -61,12 +61,21 @@ def segment_scores(words, starts, high, low, unit, level_table, SEGMENT: tl.cons
         low: the same, second digits of 8-bit segments.
         unit: float32 ``[rows]``.
         level_table: see ``tables.py``.
-        SEGMENT: a ``layout.KeySegment``.
+        SEGMENTS: see ``layout.py``; taken whole, because Triton 3.7 passes no part of a constant tuple on.
+        INDEX: which of them.
     """
-    num_words: tl.constexpr = SEGMENT[0] * SEGMENT[1] // 32
-    levels = load_levels(words + SEGMENT[4] * 16, starts, starts >= 0, level_table, num_words, SEGMENT[2], SEGMENT[1])
+    num_words: tl.constexpr = SEGMENTS[INDEX][0] * SEGMENTS[INDEX][1] // 32
+    levels = load_levels(
+        words + SEGMENTS[INDEX][4] * 16,
+        starts,
+        starts >= 0,
+        level_table,
+        num_words,
+        SEGMENTS[INDEX][2],
+        SEGMENTS[INDEX][1],
+    )
     sums = tl.dot(levels, high, out_dtype=tl.int32)
-    if SEGMENT[1] == 8:
+    if SEGMENTS[INDEX][1] == 8:
         sums = tl.dot(levels, low, sums * 128, out_dtype=tl.int32)
     return sums.to(tl.float32) * unit[None, :]
 
@@ -234,7 +243,8 @@ def packed_kernel(
                         low_digits,
                         unit,
                         level_table,
-                        KEY_SEGMENTS[index],
+                        KEY_SEGMENTS,
+                        index,
                     )
                 codes = tl.load(packed_bytes + line * 64 + KEY_CODE_BYTES + tokens)
                 offset = tl.load(query_offset + base + rows, mask=is_row, other=0.0)

@@ -17,35 +17,44 @@ CHANNELS_PER_STEP = tl.constexpr(32)
 
 @triton.jit
 def map_segment(
-    query, scale, decode_matrix, rows, is_row, SEGMENT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr
+    query,
+    scale,
+    decode_matrix,
+    rows,
+    is_row,
+    SEGMENTS: tl.constexpr,
+    INDEX: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):
     """Map queries to the channels of one segment; float32 ``[rows, padded channels]``, zero beyond the segment."""
-    columns = tl.arange(0, SEGMENT[2])
-    mapped = tl.zeros([BLOCK_ROWS, SEGMENT[2]], tl.float32)
+    num_columns: tl.constexpr = SEGMENTS[INDEX][2]
+    columns = tl.arange(0, num_columns)
+    mapped = tl.zeros([BLOCK_ROWS, num_columns], tl.float32)
     for start in range(0, HEAD_DIM, CHANNELS_PER_STEP):
         channels = start + tl.arange(0, CHANNELS_PER_STEP)
         is_channel = channels < HEAD_DIM
         mask = is_row[:, None] & is_channel[None, :]
         part = tl.load(query + rows[:, None] * HEAD_DIM + channels[None, :], mask=mask, other=0.0) * scale
-        mask = is_channel[:, None] & (columns < SEGMENT[0])[None, :]
-        places = (SEGMENT[3] + columns)[None, :] * HEAD_DIM + channels[:, None]
+        mask = is_channel[:, None] & (columns < SEGMENTS[INDEX][0])[None, :]
+        places = (SEGMENTS[INDEX][3] + columns)[None, :] * HEAD_DIM + channels[:, None]
         matrix = tl.load(decode_matrix + places, mask=mask, other=0.0)
         mapped = tl.dot(part, matrix, mapped, input_precision="tf32x3")
     return mapped
 
 
 @triton.jit
-def write_digits(digits, mapped, rows, is_row, SEGMENT: tl.constexpr, NUM_DIGITS: tl.constexpr):
+def write_digits(digits, mapped, rows, is_row, SEGMENTS: tl.constexpr, INDEX: tl.constexpr, NUM_DIGITS: tl.constexpr):
     """Write the digits of a segment; returns their unit, float32 ``[rows]``."""
     largest = tl.max(tl.abs(mapped), axis=1)
-    places = rows[:, None] * NUM_DIGITS + (SEGMENT[5] + tl.arange(0, SEGMENT[2]))[None, :]
+    places = rows[:, None] * NUM_DIGITS + (SEGMENTS[INDEX][5] + tl.arange(0, SEGMENTS[INDEX][2]))[None, :]
     mask = is_row[:, None]
-    if SEGMENT[1] == 8:
+    if SEGMENTS[INDEX][1] == 8:
         unit = divide(largest, tl.full(largest.shape, 16256.0, tl.float32))
         integers = to_integers(mapped, unit[:, None])
         high = tl.floor(integers * (1.0 / 128) + 0.5)
         tl.store(digits + places, high.to(tl.int8), mask=mask)
-        tl.store(digits + places + SEGMENT[2], (integers - high * 128).to(tl.int8), mask=mask)
+        tl.store(digits + places + SEGMENTS[INDEX][2], (integers - high * 128).to(tl.int8), mask=mask)
     else:
         unit = divide(largest, tl.full(largest.shape, 127.0, tl.float32))
         tl.store(digits + places, to_integers(mapped, unit[:, None]).to(tl.int8), mask=mask)
@@ -120,6 +129,6 @@ def query_kernel(
         tl.store(query_offset + base + rows, tl.sum(scaled * centre[None, :], axis=1), mask=is_row)
         matrix = decode_matrix + head * (HEAD_DIM * HEAD_DIM)
         for index in tl.static_range(num_segments):
-            mapped = map_segment(query, scale, matrix, rows, is_row, KEY_SEGMENTS[index], HEAD_DIM, BLOCK_ROWS)
-            units = write_digits(digits, mapped, rows, is_row, KEY_SEGMENTS[index], NUM_DIGITS)
+            mapped = map_segment(query, scale, matrix, rows, is_row, KEY_SEGMENTS, index, HEAD_DIM, BLOCK_ROWS)
+            units = write_digits(digits, mapped, rows, is_row, KEY_SEGMENTS, index, NUM_DIGITS)
             tl.store(digit_units + base * num_segments + index + rows * num_segments, units, mask=is_row)

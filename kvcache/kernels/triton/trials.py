@@ -10,15 +10,25 @@ PAGE_SIZE = tl.constexpr(64)
 
 
 @triton.jit
-def segment_error(y, scales, level_table, rows, SEGMENT: tl.constexpr):
+def segment_error(y, scales, level_table, rows, SEGMENTS: tl.constexpr, INDEX: tl.constexpr):
     """Return the squared error of one segment of 32 keys in units of levels, float32 ``[ROWS]``."""
-    start = y + SEGMENT[3] * PAGE_SIZE
+    start = y + SEGMENTS[INDEX][3] * PAGE_SIZE
     is_row = rows >= 0
-    if SEGMENT[1] == 8:
-        return plain_error(start, scales, rows, is_row, SEGMENT[0], PAGE_SIZE, 0)
+    if SEGMENTS[INDEX][1] == 8:
+        return plain_error(start, scales, rows, is_row, SEGMENTS[INDEX][0], PAGE_SIZE, 0)
     else:  # Triton compiles one of the branches, and types what follows a return otherwise
         costs = find_costs(
-            start, scales, level_table, level_table, rows, is_row, SEGMENT[0], SEGMENT[1], PAGE_SIZE, 0, False
+            start,
+            scales,
+            level_table,
+            level_table,
+            rows,
+            is_row,
+            SEGMENTS[INDEX][0],
+            SEGMENTS[INDEX][1],
+            PAGE_SIZE,
+            0,
+            False,
         )
         return tl.min(costs, axis=0)
 
@@ -55,7 +65,7 @@ def key_trial_kernel(
     error = tl.zeros([ROWS], tl.float32)
     for index in tl.static_range(len(KEY_SEGMENTS)):
         weight = tl.load(segment_weights + head * len(KEY_SEGMENTS) + index)
-        error = error + weight * segment_error(source, trial_scales + place, level_table, rows, KEY_SEGMENTS[index])
+        error = error + weight * segment_error(source, trial_scales + place, level_table, rows, KEY_SEGMENTS, index)
     tl.store(errors + place + rows, error)
 
 

@@ -56,18 +56,29 @@ def write_segment(
     level_table,
     rows,
     is_row,
-    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    INDEX: tl.constexpr,
     Y_STRIDE: tl.constexpr,
     SCALE_STRIDE: tl.constexpr,
 ):
     """Write one segment; a ``layout.KeySegment`` also describes values, whose elements are tokens."""
-    y += SEGMENT[3] * Y_STRIDE
-    words += SEGMENT[4] * LANES
-    if SEGMENT[1] == 8:
-        write_plain(y, scales, words, rows, is_row, SEGMENT[0], Y_STRIDE, SCALE_STRIDE)
+    y += SEGMENTS[INDEX][3] * Y_STRIDE
+    words += SEGMENTS[INDEX][4] * LANES
+    if SEGMENTS[INDEX][1] == 8:
+        write_plain(y, scales, words, rows, is_row, SEGMENTS[INDEX][0], Y_STRIDE, SCALE_STRIDE)
     else:
         write_trellis(
-            y, scales, words, survivors, level_table, rows, is_row, SEGMENT[0], SEGMENT[1], Y_STRIDE, SCALE_STRIDE
+            y,
+            scales,
+            words,
+            survivors,
+            level_table,
+            rows,
+            is_row,
+            SEGMENTS[INDEX][0],
+            SEGMENTS[INDEX][1],
+            Y_STRIDE,
+            SCALE_STRIDE,
         )
 
 
@@ -116,7 +127,8 @@ def write_kernel(
             level_table,
             rows,
             is_row,
-            SEGMENTS[index],
+            SEGMENTS,
+            index,
             NUM_ROWS,
             0 if IS_KEY else 1,
         )

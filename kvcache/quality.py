@@ -27,6 +27,11 @@ _PLACES = (
     "Prague", "Bogota", "Hanoi", "Warsaw", "Riga", "Dakar", "Athens", "Madrid", "Cairo", "Kyoto", "Berlin", "Perth",
     "Geneva", "Delhi", "Sofia", "Tokyo", "Paris", "London", "Rome", "Boston",
 )  # fmt: skip
+_WORDS = (
+    "banana", "violin", "hammer", "tiger", "window", "silver", "pepper", "rocket", "bottle", "garden", "purple",
+    "monkey", "castle", "coffee", "dragon", "button", "camera", "forest", "guitar", "island", "ladder", "mirror",
+    "needle", "orange", "pencil", "rabbit", "saddle", "ticket", "velvet", "wallet", "yellow", "basket",
+)  # fmt: skip
 MAX_NEEDLES = len(_PLACES)
 
 
@@ -178,23 +183,24 @@ class Retrieval:
 
 
 def make_needles(num_needles: int, seed: int = 0) -> list[Needle]:
-    """Return needles about different places, each with a five-digit number.
+    """Return needles about different places, each with a word of its own.
+
+    Words, because small models find them more often than numbers of several digits.
 
     Args:
         num_needles: at most ``MAX_NEEDLES``.
-        seed: of the numbers.
+        seed: of which word belongs to which place.
 
     Raises:
         ConfigError: more needles than places.
     """
     if not 0 <= num_needles <= MAX_NEEDLES:
         raise ConfigError(f"make_needles: num_needles is {num_needles}; give 0 to {MAX_NEEDLES}.")
-    generator = random.Random(seed)
+    words = random.Random(seed).sample(_WORDS, num_needles)
     needles = []
-    for place in _PLACES[:num_needles]:
-        number = str(generator.randrange(10_000, 100_000))
-        question = f"The secret number of {place} is"
-        needles.append(Needle(f"\n\n{question} {number}. Remember it.\n\n", f"\n\n{question}", f" {number}"))
+    for place, word in zip(_PLACES, words, strict=False):
+        question = f"The secret word of {place} is"
+        needles.append(Needle(f"\n\n{question} {word}. Remember it.\n\n", f"\n\n{question}", f" {word}"))
     return needles
 
 

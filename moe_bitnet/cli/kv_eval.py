@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--calibrate-tokens", type=int, default=8192, help="how much of that one (default: 8192)")
     parser.add_argument("--chunk", type=int, default=64, help="tokens of a forward pass; divides 64 (default: 64)")
-    parser.add_argument("--needles", type=int, default=8, help="hidden numbers to ask for; 0 for none (default: 8)")
+    parser.add_argument("--needles", type=int, default=8, help="hidden words to ask for; 0 for none (default: 8)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from benchmarks.sequence_models import SUBJECTS, Subject
 from kvcache.cache import PagedKVCache
 from kvcache.memory import bytes_for_tokens, max_tokens
 from moe_bitnet.cli.planning.memory_plan import CACHE_FORMATS
+from moe_bitnet.cli.threads import single_thread
 from moe_bitnet.errors import CacheFullError
 from moe_bitnet.units import parse_memory
 
@@ -86,7 +87,7 @@ def _fill(subject: Subject, store: PagedKVCache, num_tokens: int, fill: str, clo
     if fill == "prefill":
         _in_chunks(num_tokens - NUM_DECODED, subject.append)
     else:
-        with _without_attention(store):
+        with _without_attention(store), single_thread():  # many small copies, that two threads would wait over
             _in_chunks(num_tokens - NUM_DECODED, subject.store_random)
     clock.fill_s = time.perf_counter() - start
     for _ in range(NUM_DECODED):

@@ -45,9 +45,9 @@ constexpr int64_t kRowsPerTask = 64;  // rows that share unpacked levels: their 
 // A row's query in the keys' frame: int8 digits in the order in which levels are unpacked, high digits, then low ones.
 struct RowQuery {
   float units[kMaxSegments];
-  float offset;                   // query . mean, scaled
-  int32_t bias[2][kMaxSegments];  // -128 * sum of digits, by digit
-  const int8_t* digits;           // [2][D]
+  float offset;                // query . mean, scaled
+  int32_t bias[kMaxSegments];  // what sums begin with where keys are multiplied as level + 128
+  const int8_t* digits;        // [2][D]
 };
 
 // Rows of one KV head over a run of tiles. A row's state: maximum, weight_sum, packed_sum, then at kStateHead the sums
@@ -63,7 +63,7 @@ struct PageTask {
   int64_t first_row, last_row;
   int64_t first_tile, last_tile;
   float* states;     // [rows][state_floats]
-  uint8_t* scratch;  // unpacked levels: keys [D / 4][4][64], values [D / 16][16][64]
+  uint8_t* scratch;  // levels of a page: keys [4][D / 4][64], values [D / 16][16][64]
 };
 
 struct PageKernels {

@@ -11,12 +11,16 @@
 namespace ternary {
 namespace {
 
-constexpr int kKeyTiles = 1, kValueTiles = 1;
+constexpr int kKeyBias = 0;
+constexpr int kMaxRows = 2, kCountAtOnce = 1;
+constexpr int kMaxFusedRows = 0;
 
-// Bytes: lanes 0-3, 4-7, 8-11 and 12-15, four levels each.
-struct Levels {
+// A word stays in memory. Bytes: lanes 0-3, 4-7, 8-11 and 12-15, four levels each.
+struct Word {
   const uint8_t* bytes;
 };
+typedef Word Levels;
+struct Table {};
 struct Quad {
   __m128i bytes;  // four times the same four
 };
@@ -25,68 +29,68 @@ struct Sum {
 };
 
 PAGE_INLINE Float16 half_to_float(const uint16_t* half) {
-  Float16 lanes;
-  const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half)));
-  const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + 8)));
-  std::memcpy(&lanes, &low, sizeof low);
-  std::memcpy(reinterpret_cast<char*>(&lanes) + sizeof low, &high, sizeof high);
-  return lanes;
+  const auto* source = reinterpret_cast<const __m128i*>(half);
+  return {{(Float16::Part)_mm256_cvtph_ps(_mm_loadu_si128(source)),
+           (Float16::Part)_mm256_cvtph_ps(_mm_loadu_si128(source + 1))}};
 }
 
 PAGE_INLINE uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 
-PAGE_INLINE Float16 multiply_add(Float16 a, Float16 b, Float16 c) {
-  __m256 x[2], y[2], z[2];
-  std::memcpy(x, &a, sizeof a);
-  std::memcpy(y, &b, sizeof b);
-  std::memcpy(z, &c, sizeof c);
-  for (int i = 0; i < 2; ++i) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
-  std::memcpy(&c, z, sizeof c);
+PAGE_INLINE Float16 multiply_add(const Float16& a, const Float16& b, Float16 c) {
+  PAGE_UNROLL for (int i = 0; i < kParts; ++i) {
+    c.parts[i] = (Float16::Part)_mm256_fmadd_ps((__m256)a.parts[i], (__m256)b.parts[i], (__m256)c.parts[i]);
+  }
   return c;
 }
 
-PAGE_INLINE __m128i broadcast_quad(const void* bytes) {
+PAGE_INLINE Word load_word(const uint8_t* bytes) { return {bytes}; }
+PAGE_INLINE Word no_word() { return {nullptr}; }
+PAGE_INLINE Table load_table(const uint8_t*) { return {}; }
+
+template <int kBits, int kIndex, bool kIsKey>
+PAGE_INLINE Levels look_up(Word word, Word, Table) {
+  static_assert(kBits == 8);
+  return word;
+}
+
+PAGE_INLINE Quad load_quad(const uint8_t* bytes) {
   int32_t quad;
   std::memcpy(&quad, bytes, sizeof quad);
-  return _mm_set1_epi32(quad);
+  return {_mm_set1_epi32(quad)};
 }
 
-PAGE_INLINE Levels load_levels(const uint8_t* bytes) { return {bytes}; }
-PAGE_INLINE __m128i quarter(Levels levels, int i) {
-  return _mm_load_si128(reinterpret_cast<const __m128i*>(levels.bytes) + i);
+// Levels have signs; so have digits of queries, and those of weights have not.
+template <bool kIsKey>
+PAGE_INLINE void add_products(Sum& sum, Levels levels, Quad digits) {
+  const __m256i multiplier = kIsKey ? _mm256_cvtepi8_epi16(digits.bytes) : _mm256_cvtepu8_epi16(digits.bytes);
+  PAGE_UNROLL for (int i = 0; i < 4; ++i) {
+    const __m128i quarter = _mm_loadu_si128(reinterpret_cast<const __m128i*>(levels.bytes) + i);
+    sum.pairs[i] = _mm256_add_epi32(sum.pairs[i], _mm256_madd_epi16(_mm256_cvtepi8_epi16(quarter), multiplier));
+  }
 }
 
-PAGE_INLINE Quad load_quad(const void* bytes) { return {broadcast_quad(bytes)}; }
-
-PAGE_INLINE void add_keys(Sum& sum, Levels keys, Quad digits) {
-  const __m256i multiplier = _mm256_cvtepi8_epi16(digits.bytes);
-  for (int i = 0; i < 4; ++i)
-    sum.pairs[i] =
-        _mm256_add_epi32(sum.pairs[i], _mm256_madd_epi16(_mm256_cvtepu8_epi16(quarter(keys, i)), multiplier));
+PAGE_INLINE Sum sum_of(int32_t) {
+  const __m256i zero = _mm256_setzero_si256();
+  return {{zero, zero, zero, zero}};
 }
 
-PAGE_INLINE void add_values(Sum& sum, Levels values, Quad weights) {
-  const __m256i multiplier = _mm256_cvtepu8_epi16(weights.bytes);
-  for (int i = 0; i < 4; ++i)
-    sum.pairs[i] =
-        _mm256_add_epi32(sum.pairs[i], _mm256_madd_epi16(_mm256_cvtepi8_epi16(quarter(values, i)), multiplier));
-}
-
-PAGE_INLINE Sum sum_of(int32_t value) {
-  const __m256i pairs = _mm256_set1_epi64x(static_cast<uint32_t>(value));  // the first of each pair
-  return {{pairs, pairs, pairs, pairs}};
+template <int kBits>
+PAGE_INLINE Sum shift_left(Sum sum) {
+  PAGE_UNROLL for (int i = 0; i < 4; ++i) sum.pairs[i] = _mm256_slli_epi32(sum.pairs[i], kBits);
+  return sum;
 }
 
 PAGE_INLINE Int16 to_ints(const Sum& sum) {
-  int32_t pairs[2 * kLanes];
-  for (int i = 0; i < 4; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(pairs + 8 * i), sum.pairs[i]);
   Int16 lanes;
-  for (int i = 0; i < kLanes; ++i) lanes[i] = pairs[2 * i] + pairs[2 * i + 1];
+  PAGE_UNROLL for (int i = 0; i < kParts; ++i) {
+    const __m256i added = _mm256_hadd_epi32(sum.pairs[2 * i], sum.pairs[2 * i + 1]);
+    lanes.parts[i] = (Int16::Part)_mm256_permute4x64_epi64(added, 0xd8);
+  }
   return lanes;
 }
 
 // Sixty-four levels as four shuffles of sixteen; bits 4 and 5 of an index choose among them.
-PAGE_INLINE __m256i look_up(__m256i index, const __m256i* table) {
+PAGE_INLINE __m256i look_up_bytes(__m256i index, const __m256i* table) {
   const __m256i low = _mm256_and_si256(index, _mm256_set1_epi8(15));
   const __m256i by_bit_4 = _mm256_slli_epi16(index, 3), by_bit_5 = _mm256_slli_epi16(index, 2);
   const __m256i first =
@@ -96,30 +100,29 @@ PAGE_INLINE __m256i look_up(__m256i index, const __m256i* table) {
   return _mm256_blendv_epi8(first, second, by_bit_5);
 }
 
-void unpack(const uint8_t* words, int64_t num_words, int32_t num_bits, const uint8_t* table, uint8_t flip,
-            uint8_t* levels, int64_t level_step, const uint8_t* ahead) {
+void unpack(const uint8_t* words, int64_t num_words, int32_t num_bits, const uint8_t* table, uint8_t* levels,
+            const uint8_t* ahead) {
+  if (num_bits == 8) {
+    std::memcpy(levels, words, static_cast<size_t>(num_words) * 64);
+    return;
+  }
   __m256i tables[4];
-  for (int i = 0; i < 4 && table; ++i)
+  for (int i = 0; i < 4; ++i)
     tables[i] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table) + i));
+  const int per_byte = 8 / num_bits;
   for (int64_t w = 0; w < num_words; ++w) {
     __builtin_prefetch(ahead + w * 64);
     for (int half = 0; half < 64; half += 32) {
-      const auto load_word = [&](int64_t at) {
+      const auto load_half = [&](int64_t at) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + at * 64 + half));
       };
-      const __m256i word = load_word(w);
-      if (num_bits == 8) {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(levels + w * level_step + half),
-                           _mm256_xor_si256(word, _mm256_set1_epi8(static_cast<char>(flip))));
-        continue;
-      }
-      const __m256i next = w + 1 < num_words ? load_word(w + 1) : _mm256_setzero_si256();
-      for (int i = 0; i < 8 / num_bits; ++i) {
+      const __m256i word = load_half(w), next = w + 1 < num_words ? load_half(w + 1) : _mm256_setzero_si256();
+      for (int i = 0; i < per_byte; ++i) {
         const __m256i windows =
             i == 0 ? word
                    : _mm256_or_si256(_mm256_srli_epi32(word, i * num_bits), _mm256_slli_epi32(next, 32 - i * num_bits));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(levels + (w * (8 / num_bits) + i) * level_step + half),
-                           look_up(windows, tables));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(levels + (w * per_byte + i) * 64 + half),
+                            look_up_bytes(windows, tables));
       }
     }
   }

@@ -6,15 +6,22 @@
 namespace ternary {
 namespace {
 
-constexpr int kKeyTiles = 1, kValueTiles = 1;
+constexpr int kKeyBias = 0;
+constexpr int kMaxRows = 4, kCountAtOnce = 1;
+constexpr int kMaxFusedRows = 0;
 
-struct Levels {
+// A word stays in memory: four levels of every lane.
+struct Word {
   const uint8_t* bytes;
 };
+typedef Word Levels;
+struct Table {};
 struct Quad {
   uint8_t bytes[4];
 };
-typedef Int16 Sum;
+struct Sum {
+  int32_t lanes[kLanes];
+};
 
 float half_to_float_one(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, magnitude = half & 0x7fff;
@@ -29,9 +36,9 @@ float half_to_float_one(uint16_t half) {
 }
 
 PAGE_INLINE Float16 half_to_float(const uint16_t* half) {
-  Float16 lanes;
+  float lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = half_to_float_one(half[i]);
-  return lanes;
+  return load<Float16>(lanes);
 }
 
 // Nearest even; numbers are finite in half precision.
@@ -50,45 +57,61 @@ uint16_t float_to_half(float value) {
   return static_cast<uint16_t>(sign | ((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13));
 }
 
-PAGE_INLINE Float16 multiply_add(Float16 a, Float16 b, Float16 c) { return a * b + c; }
+PAGE_INLINE Float16 multiply_add(const Float16& a, const Float16& b, const Float16& c) { return a * b + c; }
 
-PAGE_INLINE Quad load_quad(const void* bytes) {
+PAGE_INLINE Word load_word(const uint8_t* bytes) { return {bytes}; }
+PAGE_INLINE Word no_word() { return {nullptr}; }
+PAGE_INLINE Table load_table(const uint8_t*) { return {}; }
+
+template <int kBits, int kIndex, bool kIsKey>
+PAGE_INLINE Levels look_up(Word word, Word, Table) {
+  static_assert(kBits == 8);
+  return word;
+}
+
+PAGE_INLINE Quad load_quad(const uint8_t* bytes) {
   Quad quad;
   std::memcpy(quad.bytes, bytes, sizeof quad.bytes);
   return quad;
 }
 
-PAGE_INLINE Levels load_levels(const uint8_t* bytes) { return {bytes}; }
-
-PAGE_INLINE void add_keys(Sum& sum, Levels keys, Quad digits) {
+// Levels have signs; so have digits of queries, and those of weights have not.
+template <bool kIsKey>
+PAGE_INLINE void add_products(Sum& sum, Levels levels, Quad digits) {
   for (int i = 0; i < kLanes; ++i)
-    for (int j = 0; j < 4; ++j) sum[i] += keys.bytes[4 * i + j] * static_cast<int8_t>(digits.bytes[j]);
+    for (int j = 0; j < 4; ++j) {
+      const int digit = kIsKey ? static_cast<int8_t>(digits.bytes[j]) : digits.bytes[j];
+      sum.lanes[i] += static_cast<int8_t>(levels.bytes[4 * i + j]) * digit;
+    }
 }
 
-PAGE_INLINE void add_values(Sum& sum, Levels values, Quad weights) {
-  for (int i = 0; i < kLanes; ++i)
-    for (int j = 0; j < 4; ++j) sum[i] += static_cast<int8_t>(values.bytes[4 * i + j]) * weights.bytes[j];
+PAGE_INLINE Sum sum_of(int32_t value) {
+  Sum sum;
+  for (int32_t& lane : sum.lanes) lane = value;
+  return sum;
 }
 
-PAGE_INLINE Sum sum_of(int32_t value) { return Sum{} + value; }
-PAGE_INLINE Int16 to_ints(Sum sum) { return sum; }
+template <int kBits>
+PAGE_INLINE Sum shift_left(Sum sum) {
+  for (int32_t& lane : sum.lanes) lane *= 1 << kBits;
+  return sum;
+}
 
-void unpack(const uint8_t* words, int64_t num_words, int32_t num_bits, const uint8_t* table, uint8_t flip,
-            uint8_t* levels, int64_t level_step, const uint8_t*) {
+PAGE_INLINE Int16 to_ints(const Sum& sum) { return load<Int16>(sum.lanes); }
+
+void unpack(const uint8_t* words, int64_t num_words, int32_t num_bits, const uint8_t* table, uint8_t* levels,
+            const uint8_t*) {
   for (int64_t w = 0; w < num_words; ++w)
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      uint64_t stream = 0;
-      std::memcpy(&stream, words + w * 64 + lane * 4, 4);
-      if (w + 1 < num_words) {
-        uint32_t next;
-        std::memcpy(&next, words + (w + 1) * 64 + lane * 4, 4);
-        stream |= static_cast<uint64_t>(next) << 32;
-      }
+      uint32_t word, next = 0;
+      std::memcpy(&word, words + w * 64 + lane * 4, sizeof word);
+      if (w + 1 < num_words) std::memcpy(&next, words + (w + 1) * 64 + lane * 4, sizeof next);
+      const uint64_t stream = static_cast<uint64_t>(next) << 32 | word;
       for (int i = 0; i < 8 / num_bits; ++i)
         for (int j = 0; j < 4; ++j) {
           const uint64_t bits = stream >> (8 * j + i * num_bits);
-          levels[(w * (8 / num_bits) + i) * level_step + lane * 4 + j] =
-              num_bits == 8 ? static_cast<uint8_t>((bits & 255) ^ flip) : table[bits & 63];
+          levels[(w * (8 / num_bits) + i) * 64 + lane * 4 + j] =
+              num_bits == 8 ? static_cast<uint8_t>(bits) : table[bits & 63];
         }
     }
 }

@@ -18,8 +18,7 @@ constexpr int64_t kTilesWorthASplit = 8;  // below, waking a thread costs more t
 constexpr int64_t kTasksPerThread = 8;
 
 const PageKernels& page_kernels() {
-  const Isa isa = kernels().isa;
-  return isa == kAvx512 ? *avx512_page_kernels() : isa == kAvx2 ? *avx2_page_kernels() : scalar_page_kernels();
+  return of_instruction_set(avx512_page_kernels(), avx2_page_kernels(), scalar_page_kernels());
 }
 
 // Rows [first_row, last_row) of a sequence and KV head, over some of its tiles.
@@ -127,14 +126,15 @@ class Attention {
   }
 
   void prepare(int64_t head, int64_t s) {
+    const auto to_half = kernels().to_half;
     const int64_t head_dim = call_.head_dim, count = num_new(s);
     for (int64_t t = 0; t < count; ++t) {
       uint16_t* tile = new_tiles(s, head) + t / kTileTokens * tile_halves();
       const int64_t slot = t % kTileTokens;
       if (slot == 0 && count - t < kTileTokens) std::memset(tile, 0, static_cast<size_t>(tile_halves()) * 2);
       const int64_t source = ((call_.row_offsets[s] + t) * call_.num_kv_heads + head) * head_dim;
-      kernels_.to_half(call_.key + source, head_dim, tile + slot, kTileTokens);
-      kernels_.to_half(call_.value + source, head_dim, tile + (kTileTokens + slot) * head_dim, 1);
+      to_half(call_.key + source, head_dim, tile + slot, kTileTokens);
+      to_half(call_.value + source, head_dim, tile + (kTileTokens + slot) * head_dim, 1);
     }
     if (call_.key_bits == 16 || call_.page_offsets[s + 1] == call_.page_offsets[s]) return;
     for (int64_t row = 0; row < count * heads_; ++row) {

@@ -73,7 +73,6 @@ struct PageKernels {
   // The row's output from its finished state.
   void (*finish_row)(const page_attend_call& call, int64_t head, const float* state, float* output);
   void (*map_query)(const page_attend_call& call, int64_t head, const float* query, RowQuery& row, int8_t* digits);
-  void (*to_half)(const float* x, int64_t count, uint16_t* half, int64_t stride);
 };
 
 const PageKernels& scalar_page_kernels();

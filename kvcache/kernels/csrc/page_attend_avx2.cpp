@@ -15,12 +15,6 @@ constexpr int kKeyBias = 0;
 constexpr int kMaxRows = 2, kCountAtOnce = 1;
 constexpr int kMaxFusedRows = 0;
 
-// A word stays in memory. Bytes: lanes 0-3, 4-7, 8-11 and 12-15, four levels each.
-struct Word {
-  const uint8_t* bytes;
-};
-typedef Word Levels;
-struct Table {};
 struct Quad {
   __m128i bytes;  // four times the same four
 };
@@ -28,32 +22,20 @@ struct Sum {
   __m256i pairs[4];  // two partial sums a lane
 };
 
-PAGE_INLINE Float16 half_to_float(const uint16_t* half) {
+TERNARY_INLINE Float16 half_to_float(const uint16_t* half) {
   const auto* source = reinterpret_cast<const __m128i*>(half);
   return {{(Float16::Part)_mm256_cvtph_ps(_mm_loadu_si128(source)),
            (Float16::Part)_mm256_cvtph_ps(_mm_loadu_si128(source + 1))}};
 }
 
-PAGE_INLINE uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
-
-PAGE_INLINE Float16 multiply_add(const Float16& a, const Float16& b, Float16 c) {
+TERNARY_INLINE Float16 multiply_add(const Float16& a, const Float16& b, Float16 c) {
   PAGE_UNROLL for (int i = 0; i < kParts; ++i) {
     c.parts[i] = (Float16::Part)_mm256_fmadd_ps((__m256)a.parts[i], (__m256)b.parts[i], (__m256)c.parts[i]);
   }
   return c;
 }
 
-PAGE_INLINE Word load_word(const uint8_t* bytes) { return {bytes}; }
-PAGE_INLINE Word no_word() { return {nullptr}; }
-PAGE_INLINE Table load_table(const uint8_t*) { return {}; }
-
-template <int kBits, int kIndex, bool kIsKey>
-PAGE_INLINE Levels look_up(Word word, Word, Table) {
-  static_assert(kBits == 8);
-  return word;
-}
-
-PAGE_INLINE Quad load_quad(const uint8_t* bytes) {
+TERNARY_INLINE Quad load_quad(const uint8_t* bytes) {
   int32_t quad;
   std::memcpy(&quad, bytes, sizeof quad);
   return {_mm_set1_epi32(quad)};
@@ -61,7 +43,7 @@ PAGE_INLINE Quad load_quad(const uint8_t* bytes) {
 
 // Levels have signs; so have digits of queries, and those of weights have not.
 template <bool kIsKey>
-PAGE_INLINE void add_products(Sum& sum, Levels levels, Quad digits) {
+TERNARY_INLINE void add_products(Sum& sum, Levels levels, Quad digits) {
   const __m256i multiplier = kIsKey ? _mm256_cvtepi8_epi16(digits.bytes) : _mm256_cvtepu8_epi16(digits.bytes);
   PAGE_UNROLL for (int i = 0; i < 4; ++i) {
     const __m128i quarter = _mm_loadu_si128(reinterpret_cast<const __m128i*>(levels.bytes) + i);
@@ -69,18 +51,18 @@ PAGE_INLINE void add_products(Sum& sum, Levels levels, Quad digits) {
   }
 }
 
-PAGE_INLINE Sum sum_of(int32_t) {
+TERNARY_INLINE Sum sum_of(int32_t) {
   const __m256i zero = _mm256_setzero_si256();
   return {{zero, zero, zero, zero}};
 }
 
 template <int kBits>
-PAGE_INLINE Sum shift_left(Sum sum) {
+TERNARY_INLINE Sum shift_left(Sum sum) {
   PAGE_UNROLL for (int i = 0; i < 4; ++i) sum.pairs[i] = _mm256_slli_epi32(sum.pairs[i], kBits);
   return sum;
 }
 
-PAGE_INLINE Int16 to_ints(const Sum& sum) {
+TERNARY_INLINE Int16 to_ints(const Sum& sum) {
   Int16 lanes;
   PAGE_UNROLL for (int i = 0; i < kParts; ++i) {
     const __m256i added = _mm256_hadd_epi32(sum.pairs[2 * i], sum.pairs[2 * i + 1]);
@@ -90,7 +72,7 @@ PAGE_INLINE Int16 to_ints(const Sum& sum) {
 }
 
 // Sixty-four levels as four shuffles of sixteen; bits 4 and 5 of an index choose among them.
-PAGE_INLINE __m256i look_up_bytes(__m256i index, const __m256i* table) {
+TERNARY_INLINE __m256i look_up_bytes(__m256i index, const __m256i* table) {
   const __m256i low = _mm256_and_si256(index, _mm256_set1_epi8(15));
   const __m256i by_bit_4 = _mm256_slli_epi16(index, 3), by_bit_5 = _mm256_slli_epi16(index, 2);
   const __m256i first =

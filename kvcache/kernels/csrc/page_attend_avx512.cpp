@@ -21,34 +21,32 @@ typedef __m512i Table;
 typedef __m512i Quad;
 typedef __m512i Sum;
 
-PAGE_INLINE Float16 half_to_float(const uint16_t* half) {
+TERNARY_INLINE Float16 half_to_float(const uint16_t* half) {
   return (Float16)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(half)));
 }
 
-PAGE_INLINE uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+TERNARY_INLINE Float16 broadcast_from(const float* value) { return (Float16)_mm512_set1_ps(*value); }
 
-PAGE_INLINE Float16 broadcast_from(const float* value) { return (Float16)_mm512_set1_ps(*value); }
-
-PAGE_INLINE Float16 multiply_add(Float16 a, Float16 b, Float16 c) {
+TERNARY_INLINE Float16 multiply_add(Float16 a, Float16 b, Float16 c) {
   return (Float16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 
-PAGE_INLINE Float16 larger(Float16 a, Float16 b) { return (Float16)_mm512_max_ps((__m512)a, (__m512)b); }
+TERNARY_INLINE Float16 larger(Float16 a, Float16 b) { return (Float16)_mm512_max_ps((__m512)a, (__m512)b); }
 
-PAGE_INLINE Float16 round_even(Float16 x) {
+TERNARY_INLINE Float16 round_even(Float16 x) {
   return (Float16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-PAGE_INLINE Int16 round_to_int(Float16 x) { return (Int16)_mm512_cvtps_epi32((__m512)x); }
+TERNARY_INLINE Int16 round_to_int(Float16 x) { return (Int16)_mm512_cvtps_epi32((__m512)x); }
 
-PAGE_INLINE Float16 times_power(Float16 x, Float16 n) {
+TERNARY_INLINE Float16 times_power(Float16 x, Float16 n) {
   const __mmask16 is_normal = _mm512_cmp_ps_mask((__m512)n, _mm512_set1_ps(-126.0F), _CMP_GE_OQ);
   return (Float16)_mm512_maskz_scalef_ps(is_normal, (__m512)x, (__m512)n);
 }
 
 // Four vectors become one with, in each lane, a quarter of lane % 4's vector; then the quarters are put together.
 template <int kRows, class Combine>
-PAGE_INLINE Float16 reduce_rows(const Float16 (&x)[kRows], Combine combine) {
+TERNARY_INLINE Float16 reduce_rows(const Float16 (&x)[kRows], Combine combine) {
   const __m512 a = (__m512)x[0], b = (__m512)x[kRows > 1 ? 1 : 0], c = (__m512)x[kRows > 2 ? 2 : 0],
                d = (__m512)x[kRows > 3 ? 3 : 0];
   const __m512d ab = (__m512d)combine(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -59,21 +57,21 @@ PAGE_INLINE Float16 reduce_rows(const Float16 (&x)[kRows], Combine combine) {
 }
 
 template <int kRows>
-PAGE_INLINE Float16 row_maxima(const Float16 (&x)[kRows]) {
+TERNARY_INLINE Float16 row_maxima(const Float16 (&x)[kRows]) {
   return reduce_rows(x, [](__m512 a, __m512 b) __attribute__((always_inline)) { return _mm512_max_ps(a, b); });
 }
 
 template <int kRows>
-PAGE_INLINE Float16 row_sums(const Float16 (&x)[kRows]) {
+TERNARY_INLINE Float16 row_sums(const Float16 (&x)[kRows]) {
   return reduce_rows(x, [](__m512 a, __m512 b) __attribute__((always_inline)) { return _mm512_add_ps(a, b); });
 }
 
-PAGE_INLINE Float16 spread(Float16 x, int lane) {
+TERNARY_INLINE Float16 spread(Float16 x, int lane) {
   return (Float16)_mm512_permutexvar_ps(_mm512_set1_epi32(lane), (__m512)x);
 }
 
 // Sixteen steps an octave: the step is looked up, and the octave added to the exponent.
-PAGE_INLINE Float16 look_up_scales(const float* scales, const uint8_t* codes) {
+TERNARY_INLINE Float16 look_up_scales(const float* scales, const uint8_t* codes) {
   const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
   const __m512 step = _mm512_permutexvar_ps(code, _mm512_loadu_ps(scales));  // by the lower four bits
   const __m512i octave = _mm512_slli_epi32(_mm512_srli_epi32(code, 4), 23);
@@ -81,7 +79,7 @@ PAGE_INLINE Float16 look_up_scales(const float* scales, const uint8_t* codes) {
 }
 
 template <int kByte>
-PAGE_INLINE void gather_bytes(const Int16 (&x)[4], const uint8_t* order, uint8_t* bytes) {
+TERNARY_INLINE void gather_bytes(const Int16 (&x)[4], const uint8_t* order, uint8_t* bytes) {
   const __m512i place = _mm512_load_si512(order);
   // bits 0 to 4 of a place choose one of two vectors' 32 integers, bit 5 which two
   const __m512i index =
@@ -91,18 +89,18 @@ PAGE_INLINE void gather_bytes(const Int16 (&x)[4], const uint8_t* order, uint8_t
   _mm512_store_si512(bytes, _mm512_mask_blend_epi8(_mm512_test_epi8_mask(place, _mm512_set1_epi8(32)), low, high));
 }
 
-PAGE_INLINE Word load_word(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
-PAGE_INLINE Word no_word() { return _mm512_setzero_si512(); }
-PAGE_INLINE Table load_table(const uint8_t* bytes) { return _mm512_load_si512(bytes); }
+TERNARY_INLINE Word load_word(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
+TERNARY_INLINE Word no_word() { return _mm512_setzero_si512(); }
+TERNARY_INLINE Table load_table(const uint8_t* bytes) { return _mm512_load_si512(bytes); }
 
-PAGE_INLINE Quad load_quad(const uint8_t* bytes) {
+TERNARY_INLINE Quad load_quad(const uint8_t* bytes) {
   int32_t quad;
   std::memcpy(&quad, bytes, sizeof quad);
   return _mm512_set1_epi32(quad);
 }
 
 template <int kBits, int kIndex, bool kIsKey>
-PAGE_INLINE Levels look_up(Word word, Word next, Table table) {
+TERNARY_INLINE Levels look_up(Word word, Word next, Table table) {
   if constexpr (kBits == 8) return kIsKey ? _mm512_xor_si512(word, _mm512_set1_epi8(-128)) : word;
   const Word windows = kIndex == 0 ? word : _mm512_shrdi_epi32(word, next, kIndex * kBits % 32);
   return _mm512_permutexvar_epi8(windows, table);
@@ -110,29 +108,29 @@ PAGE_INLINE Levels look_up(Word word, Word next, Table table) {
 
 // The instruction itself: around the intrinsic GCC 12 copies every sum to another register and back.
 template <bool kIsKey>
-PAGE_INLINE void add_products(Sum& sum, Levels levels, Quad digits) {
+TERNARY_INLINE void add_products(Sum& sum, Levels levels, Quad digits) {
   if constexpr (kIsKey)
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(levels), "v"(digits));
   else
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(digits), "v"(levels));
 }
 
-PAGE_INLINE Sum sum_of(int32_t value) { return _mm512_set1_epi32(value); }
-PAGE_INLINE Int16 to_ints(Sum sum) { return (Int16)sum; }
+TERNARY_INLINE Sum sum_of(int32_t value) { return _mm512_set1_epi32(value); }
+TERNARY_INLINE Int16 to_ints(Sum sum) { return (Int16)sum; }
 template <int kBits>
-PAGE_INLINE Sum shift_left(Sum sum) {
+TERNARY_INLINE Sum shift_left(Sum sum) {
   return _mm512_slli_epi32(sum, kBits);
 }
 
 template <int kBits, int kIndex = 0>
-PAGE_INLINE void unpack_word(Word word, Word next, Table table, uint8_t* levels) {
+TERNARY_INLINE void unpack_word(Word word, Word next, Table table, uint8_t* levels) {
   _mm512_store_si512(levels, look_up<kBits, kIndex, false>(word, next, table));
   if constexpr ((kIndex + 1) * kBits < 8) unpack_word<kBits, kIndex + 1>(word, next, table, levels + 64);
 }
 
 template <int kBits>
-PAGE_INLINE void unpack_words(const uint8_t* words, int64_t num_words, const uint8_t* table, uint8_t* levels,
-                              const uint8_t* ahead) {
+TERNARY_INLINE void unpack_words(const uint8_t* words, int64_t num_words, const uint8_t* table, uint8_t* levels,
+                                 const uint8_t* ahead) {
   const Table levels_of = kBits == 8 ? no_word() : load_table(table);
   Word word = load_word(words);
   for (int64_t w = 0; w < num_words; ++w) {

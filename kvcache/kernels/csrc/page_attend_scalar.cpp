@@ -1,5 +1,6 @@
 // Attention over pages in plain C++, for any machine.
 
+#include "half.h"
 #include "page_attend.h"
 #include "page_lanes.h"
 
@@ -10,12 +11,6 @@ constexpr int kKeyBias = 0;
 constexpr int kMaxRows = 4, kCountAtOnce = 1;
 constexpr int kMaxFusedRows = 0;
 
-// A word stays in memory: four levels of every lane.
-struct Word {
-  const uint8_t* bytes;
-};
-typedef Word Levels;
-struct Table {};
 struct Quad {
   uint8_t bytes[4];
 };
@@ -23,53 +18,15 @@ struct Sum {
   int32_t lanes[kLanes];
 };
 
-float half_to_float_one(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, magnitude = half & 0x7fff;
-  float value;
-  if (magnitude < 0x400) {  // zero and subnormal numbers
-    value = static_cast<float>(magnitude) * 5.9604644775390625e-8F;
-  } else {
-    const uint32_t bits = (magnitude << 13) + (magnitude < 0x7c00 ? 0x38000000U : 0x70000000U);
-    std::memcpy(&value, &bits, sizeof value);
-  }
-  return sign ? -value : value;
-}
-
-PAGE_INLINE Float16 half_to_float(const uint16_t* half) {
+TERNARY_INLINE Float16 half_to_float(const uint16_t* half) {
   float lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = half_to_float_one(half[i]);
   return load<Float16>(lanes);
 }
 
-// Nearest even; numbers are finite in half precision.
-uint16_t float_to_half(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t sign = bits >> 16 & 0x8000;
-  bits &= 0x7fffffff;
-  if (bits < 0x38800000) {  // below the smallest normal half: adding 0.5 rounds to multiples of 2^-24
-    float magnitude;
-    std::memcpy(&magnitude, &bits, sizeof magnitude);
-    magnitude += 0.5F;
-    std::memcpy(&bits, &magnitude, sizeof bits);
-    return static_cast<uint16_t>(sign | (bits - 0x3f000000));
-  }
-  return static_cast<uint16_t>(sign | ((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13));
-}
+TERNARY_INLINE Float16 multiply_add(const Float16& a, const Float16& b, const Float16& c) { return a * b + c; }
 
-PAGE_INLINE Float16 multiply_add(const Float16& a, const Float16& b, const Float16& c) { return a * b + c; }
-
-PAGE_INLINE Word load_word(const uint8_t* bytes) { return {bytes}; }
-PAGE_INLINE Word no_word() { return {nullptr}; }
-PAGE_INLINE Table load_table(const uint8_t*) { return {}; }
-
-template <int kBits, int kIndex, bool kIsKey>
-PAGE_INLINE Levels look_up(Word word, Word, Table) {
-  static_assert(kBits == 8);
-  return word;
-}
-
-PAGE_INLINE Quad load_quad(const uint8_t* bytes) {
+TERNARY_INLINE Quad load_quad(const uint8_t* bytes) {
   Quad quad;
   std::memcpy(quad.bytes, bytes, sizeof quad.bytes);
   return quad;
@@ -77,7 +34,7 @@ PAGE_INLINE Quad load_quad(const uint8_t* bytes) {
 
 // Levels have signs; so have digits of queries, and those of weights have not.
 template <bool kIsKey>
-PAGE_INLINE void add_products(Sum& sum, Levels levels, Quad digits) {
+TERNARY_INLINE void add_products(Sum& sum, Levels levels, Quad digits) {
   for (int i = 0; i < kLanes; ++i)
     for (int j = 0; j < 4; ++j) {
       const int digit = kIsKey ? static_cast<int8_t>(digits.bytes[j]) : digits.bytes[j];
@@ -85,19 +42,19 @@ PAGE_INLINE void add_products(Sum& sum, Levels levels, Quad digits) {
     }
 }
 
-PAGE_INLINE Sum sum_of(int32_t value) {
+TERNARY_INLINE Sum sum_of(int32_t value) {
   Sum sum;
   for (int32_t& lane : sum.lanes) lane = value;
   return sum;
 }
 
 template <int kBits>
-PAGE_INLINE Sum shift_left(Sum sum) {
+TERNARY_INLINE Sum shift_left(Sum sum) {
   for (int32_t& lane : sum.lanes) lane *= 1 << kBits;
   return sum;
 }
 
-PAGE_INLINE Int16 to_ints(const Sum& sum) { return load<Int16>(sum.lanes); }
+TERNARY_INLINE Int16 to_ints(const Sum& sum) { return load<Int16>(sum.lanes); }
 
 void unpack(const uint8_t* words, int64_t num_words, int32_t num_bits, const uint8_t* table, uint8_t* levels,
             const uint8_t*) {

@@ -13,8 +13,7 @@ namespace ternary {
 namespace {
 
 const PageEncoder& page_encoder() {
-  const Isa isa = kernels().isa;
-  return isa == kAvx512 ? *avx512_page_encoder() : isa == kAvx2 ? *avx2_page_encoder() : scalar_page_encoder();
+  return of_instruction_set(avx512_page_encoder(), avx2_page_encoder(), scalar_page_encoder());
 }
 
 int64_t plane_bytes(const page_encode_plane& plane, int64_t head_dim) {

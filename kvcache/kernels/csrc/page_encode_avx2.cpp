@@ -12,17 +12,17 @@
 namespace ternary {
 namespace {
 
-PAGE_INLINE Floats smaller(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
+TERNARY_INLINE Floats smaller(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
 
-PAGE_INLINE Floats smallest_square(Floats a, Floats b, Floats c, Floats d) {
+TERNARY_INLINE Floats smallest_square(Floats a, Floats b, Floats c, Floats d) {
   return smaller(smaller(a * a, b * b), smaller(c * c, d * d));
 }
 
-PAGE_INLINE Floats pick_of_4(const float* table, Ints index) {
+TERNARY_INLINE Floats pick_of_4(const float* table, Ints index) {
   return (Floats)_mm256_permutevar_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(table)), (__m256i)index);
 }
 
-PAGE_INLINE Floats pick_of_64(const float* table, Ints index) {
+TERNARY_INLINE Floats pick_of_64(const float* table, Ints index) {
   return (Floats)_mm256_i32gather_ps(table, (__m256i)index, 4);
 }
 

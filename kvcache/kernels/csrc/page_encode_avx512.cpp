@@ -12,9 +12,9 @@
 namespace ternary {
 namespace {
 
-PAGE_INLINE Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+TERNARY_INLINE Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
 
-PAGE_INLINE Floats smallest_square(Floats a, Floats b, Floats c, Floats d) {
+TERNARY_INLINE Floats smallest_square(Floats a, Floats b, Floats c, Floats d) {
   constexpr int kSmallerMagnitude = 0b1010;  // without its sign
   const __m512 low = _mm512_range_ps((__m512)a, (__m512)b, kSmallerMagnitude);
   const __m512 high = _mm512_range_ps((__m512)c, (__m512)d, kSmallerMagnitude);
@@ -22,11 +22,11 @@ PAGE_INLINE Floats smallest_square(Floats a, Floats b, Floats c, Floats d) {
   return smallest * smallest;
 }
 
-PAGE_INLINE Floats pick_of_4(const float* table, Ints index) {
+TERNARY_INLINE Floats pick_of_4(const float* table, Ints index) {
   return (Floats)_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(table)), (__m512i)index);
 }
 
-PAGE_INLINE Floats pick_of_64(const float* table, Ints index) {
+TERNARY_INLINE Floats pick_of_64(const float* table, Ints index) {
   const __m512i i = (__m512i)index;
   const __m512 low = _mm512_permutex2var_ps(_mm512_loadu_ps(table), i, _mm512_loadu_ps(table + 16));
   const __m512 high = _mm512_permutex2var_ps(_mm512_loadu_ps(table + 32), i, _mm512_loadu_ps(table + 48));

@@ -8,19 +8,19 @@
 namespace ternary {
 namespace {
 
-PAGE_INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+TERNARY_INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 
-PAGE_INLINE Floats smallest_square(Floats a, Floats b, Floats c, Floats d) {
+TERNARY_INLINE Floats smallest_square(Floats a, Floats b, Floats c, Floats d) {
   return smaller(smaller(a * a, b * b), smaller(c * c, d * d));
 }
 
-PAGE_INLINE Floats pick_of_64(const float* table, Ints index) {
+TERNARY_INLINE Floats pick_of_64(const float* table, Ints index) {
   Floats picked{};
   for (int lane = 0; lane < kWidth; ++lane) picked[lane] = table[index[lane]];
   return picked;
 }
 
-PAGE_INLINE Floats pick_of_4(const float* table, Ints index) { return pick_of_64(table, index & 3); }
+TERNARY_INLINE Floats pick_of_4(const float* table, Ints index) { return pick_of_64(table, index & 3); }
 
 }  // namespace
 }  // namespace ternary

@@ -2,7 +2,8 @@
 // stream of its own, so all widths give the same bits. Everything is in an unnamed namespace.
 
 #include <cstdint>
-#include <cstring>
+
+#include "vectors.h"
 
 namespace ternary {
 namespace {
@@ -12,24 +13,10 @@ typedef int32_t Ints __attribute__((vector_size(PAGE_ENCODE_VECTOR_BYTES)));
 typedef double Doubles __attribute__((vector_size(PAGE_ENCODE_VECTOR_BYTES)));
 typedef float HalfFloats __attribute__((vector_size(PAGE_ENCODE_VECTOR_BYTES / 2)));
 
-#define PAGE_INLINE __attribute__((always_inline)) inline
-
 constexpr int64_t kWidth = PAGE_ENCODE_VECTOR_BYTES / 4;
 
-template <class Vector, class Element>
-PAGE_INLINE Vector load(const Element* source) {
-  Vector vector;
-  std::memcpy(&vector, source, sizeof vector);
-  return vector;
-}
-
-template <class Vector, class Element>
-PAGE_INLINE void store(Element* target, Vector vector) {
-  std::memcpy(target, &vector, sizeof vector);
-}
-
-PAGE_INLINE Floats broadcast(float value) { return Floats{} + value; }
-PAGE_INLINE Ints broadcast(int32_t value) { return Ints{} + value; }
+TERNARY_INLINE Floats broadcast(float value) { return Floats{} + value; }
+TERNARY_INLINE Ints broadcast(int32_t value) { return Ints{} + value; }
 
 // What a unit adds before it includes page_encode.inc:
 //   smaller(a, b)                  a < b ? a : b

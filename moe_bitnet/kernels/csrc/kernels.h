@@ -71,6 +71,12 @@ struct Kernels {
 // The table of the process's instruction set.
 const Kernels& kernels();
 
+// The same choice among other tables; one that the machine cannot use may be null.
+template <class Table>
+const Table& of_instruction_set(const Table* avx512, const Table* avx2, const Table& scalar) {
+  return kernels().isa == kAvx512 ? *avx512 : kernels().isa == kAvx2 ? *avx2 : scalar;
+}
+
 const Kernels& scalar_kernels();
 const Kernels* avx2_kernels();  // null where the compiler's target is not x86
 const Kernels* avx512_kernels();

@@ -9,26 +9,11 @@
 
 #include <immintrin.h>
 
-#include <utility>
-
 #include "attention.h"
 #include "vector_math.h"
 
 namespace ternary {
 namespace {
-
-// Compilers keep 24 sums in registers only if every index is a constant from the start.
-template <class Body, int... kIndex>
-TERNARY_INLINE void unroll_over(Body&& body, std::integer_sequence<int, kIndex...>) {
-  (body(std::integral_constant<int, kIndex>{}), ...);
-}
-
-template <int kCount, class Body>
-TERNARY_INLINE void unroll(Body&& body) {
-  unroll_over(body, std::make_integer_sequence<int, kCount>{});
-}
-
-#define TERNARY_LAMBDA __attribute__((always_inline))
 
 struct Masks {
   alignas(64) uint8_t bytes[4][64];

@@ -4,9 +4,8 @@
 // floats are spelled in the compiler's own vector types, which it splits where registers are narrower. Sums run in the
 // same order everywhere and nothing is contracted to a fused multiply-add, so all instruction sets give the same bits.
 
-#include <cstring>
-
 #include "kernels.h"
+#include "vectors.h"
 
 namespace ternary {
 namespace {
@@ -19,21 +18,7 @@ typedef int64_t Long8 __attribute__((vector_size(64)));
 typedef int32_t Int8 __attribute__((vector_size(32)));
 typedef int8_t Byte16 __attribute__((vector_size(16)));
 
-#define TERNARY_INLINE __attribute__((always_inline)) inline
-
 constexpr int64_t kLanes = 16;
-
-template <class Vector, class Element>
-TERNARY_INLINE Vector load(const Element* source) {
-  Vector vector;
-  std::memcpy(&vector, source, sizeof vector);
-  return vector;
-}
-
-template <class Vector, class Element>
-TERNARY_INLINE void store(Element* target, Vector vector) {
-  std::memcpy(target, &vector, sizeof vector);
-}
 
 // Up to 16 floats, with zeros behind the last.
 TERNARY_INLINE Float16 load_floats(const float* source, int64_t count) {

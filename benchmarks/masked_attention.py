@@ -67,7 +67,8 @@ class MaskedAttention:
         grouped = query.unflatten(0, (len(key), -1))  # [G, N / G, T, D]
         output = _attend(grouped, key, value, None)
         if self.quantize is not None:
-            far_key, far_value = self.quantize(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+            layer_index: Any = module.layer_idx  # an attribute of every attention layer, which nn.Module cannot type
+            far_key, far_value = self.quantize(int(layer_index), key, value)
             exact_output, output = output, _attend(grouped, key, value, (far_key, far_value))
             self._count(key, far_key, value, far_value)
             self.errors.output_signal += _power(exact_output)

@@ -9,12 +9,12 @@ and head are bfloat16. The peak is the kernel's own count (VmHWM), of the whole 
 import argparse
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from benchmarks.harness import Report, add_arguments
 from benchmarks.limits import read_call
+from benchmarks.peak_memory import resident_bytes
 from benchmarks.synthetic import MIXTRAL_8X7B, build_packed_model
 from benchmarks.ternary_peer import TernaryPeer
 from benchmarks.timing import compare
@@ -28,10 +28,7 @@ QUICK_LAYERS = 2
 
 def peak_rss_gb() -> float:
     """Return the most memory this process ever held, in 10⁹ bytes."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e9
-    raise OSError("/proc/self/status has no VmHWM; the peak is known on Linux only.")
+    return resident_bytes("VmHWM") / 1e9
 
 
 def build(layout: Layout, num_layers: int) -> tuple[MoETransformer, float]:

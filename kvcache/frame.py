@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlaneFrame:
     """The maps of one layer's keys, or of its values.
 
@@ -51,8 +51,15 @@ class PlaneFrame:
         """Undo ``encode``, up to rounding; float32."""
         return (y.double() @ self.decode_matrix.double() + self.mean.double().unsqueeze(1)).float()
 
+    def to(self, device: torch.device) -> "PlaneFrame":
+        """Return the maps with contiguous tensors on a device; these ones if they are so already."""
+        tensors = (self.mean, self.encode_matrix, self.decode_matrix, self.segment_weights)
+        if all(x.device == device and x.dtype == torch.float32 and x.is_contiguous() for x in tensors):
+            return self
+        return PlaneFrame(*(x.to(device, torch.float32).contiguous() for x in tensors))
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class LayerFrame:
     """The maps of one layer.
 
@@ -63,6 +70,11 @@ class LayerFrame:
 
     key: PlaneFrame
     value: PlaneFrame
+
+    def to(self, device: torch.device) -> "LayerFrame":
+        """Return the maps on a device; these ones if they are there already."""
+        key, value = self.key.to(device), self.value.to(device)
+        return self if key is self.key and value is self.value else LayerFrame(key, value)
 
 
 def plain_frame(num_kv_heads: int, head_dim: int) -> PlaneFrame:

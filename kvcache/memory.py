@@ -10,11 +10,13 @@ A sequence of n tokens has sealed every page behind its sinks that lies ``num_wi
 
 from kvcache.config import KVCacheConfig
 from kvcache.page import PAGE_SIZE
+from kvcache.page_table import sealed_end
 
 
 def num_sealed_pages(config: KVCacheConfig, num_tokens: int) -> int:
     """Count the packed pages of a sequence of ``num_tokens`` tokens."""
-    return max(0, (num_tokens - config.num_window_tokens - config.num_sink_tokens) // PAGE_SIZE)
+    num_sink_pages = config.num_sink_tokens // PAGE_SIZE
+    return sealed_end(num_tokens, num_sink_pages, config.num_window_tokens) - num_sink_pages
 
 
 def exact_bytes(config: KVCacheConfig, num_sequences: int = 1) -> int:

@@ -109,6 +109,11 @@ class LayerFormat:
         """Bytes of all heads."""
         return self.num_kv_heads * self.head_bytes
 
+    @property
+    def exact_layer_bytes(self) -> int:
+        """Bytes of the layer in an exact page: float16 keys and values of all heads."""
+        return 2 * self.num_kv_heads * PAGE_SIZE * self.head_dim * FP16_BYTES
+
 
 @dataclass(frozen=True)
 class PageFormat:

@@ -25,6 +25,11 @@ def num_pages_of(num_tokens: int) -> int:
     return -(-num_tokens // PAGE_SIZE)
 
 
+def sealed_end(num_tokens: int, num_sink_pages: int, num_window_tokens: int) -> int:
+    """Return the page behind the last one that a sequence has sealed: the rule of sinks and window."""
+    return max(num_sink_pages, (num_tokens - num_window_tokens) // PAGE_SIZE)
+
+
 class PageTable:
     """The pages of one sequence.
 
@@ -74,7 +79,7 @@ class PageTable:
 
     def sealed_end_at(self, num_tokens: int) -> int:
         """Return the page behind the last one that a sequence of ``num_tokens`` tokens has sealed."""
-        return max(self.num_sink_pages, (num_tokens - self.num_window_tokens) // PAGE_SIZE)
+        return sealed_end(num_tokens, self.num_sink_pages, self.num_window_tokens)
 
     def reserve(self, num_pages: int) -> None:
         """Make room for entries."""

@@ -71,6 +71,12 @@ class EncodedRows:
 
 
 @cache
+def all_levels() -> Tensor:
+    """Return int8 ``[192]``: the levels of 4, then of 2, then of 1 bits by window, as kernels take them."""
+    return torch.tensor([LEVELS[num_bits] for num_bits in (4, 2, 1)], dtype=torch.int8).flatten()
+
+
+@cache
 def level_table(num_bits: int) -> Tensor:
     """Return the ``[64]`` float32 levels by window of 4, 2 or 1 bits."""
     return torch.tensor(LEVELS[num_bits], dtype=torch.float32)

@@ -5,7 +5,7 @@ import torch
 from kvcache import KVCacheConfig
 from kvcache.codec import write_exact_layer
 from kvcache.frame import LayerFrame, PlaneFrame, plain_frame
-from kvcache.page import PAGE_SIZE, LayerFormat
+from kvcache.page import LayerFormat
 
 WIDTHS = ((16, 16), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (16, 4), (2, 16))
 
@@ -47,6 +47,6 @@ def random_tokens(layer: LayerFormat, num_tokens, seed=0) -> tuple[torch.Tensor,
 
 
 def exact_page(layer: LayerFormat, key, value) -> torch.Tensor:
-    page = torch.zeros(4 * layer.num_kv_heads * PAGE_SIZE * layer.head_dim, dtype=torch.uint8)
+    page = torch.zeros(layer.exact_layer_bytes, dtype=torch.uint8)
     write_exact_layer(layer, page, 0, key, value)
     return page

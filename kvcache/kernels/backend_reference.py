@@ -12,7 +12,7 @@ from torch import Tensor
 from kvcache import codec
 from kvcache.frame import LayerFrame, PlaneFrame
 from kvcache.kernels.batch import PagedBatch
-from kvcache.page import PAGE_SIZE, LayerFormat, PlaneFormat
+from kvcache.page import LayerFormat, PlaneFormat
 from moe_bitnet.kernels.registry import Operation
 
 DEVICE_TYPES = ("cpu",)
@@ -107,8 +107,8 @@ class _SequenceAttention:
         page_id, num_tokens = int(self._batch.page_ids[page]), int(self._batch.page_num_tokens[page])
         if not self._batch.page_is_packed[page]:
             start = self._batch.exact_layer_offset
-            exact_bytes = 4 * self._format.num_kv_heads * PAGE_SIZE * self._format.head_dim
-            key, value = codec.read_exact_layer(self._format, self._batch.exact[page_id, start : start + exact_bytes])
+            exact = self._batch.exact[page_id, start : start + self._format.exact_layer_bytes]
+            key, value = codec.read_exact_layer(self._format, exact)
             self._exact.add(self._attend(key[:, :num_tokens], value[:, :num_tokens]))
             return
         start = self._batch.packed_layer_offset

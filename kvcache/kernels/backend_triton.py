@@ -4,32 +4,15 @@ The kernels are in :mod:`kvcache.kernels.triton`. Importing this module does not
 does, and only if there is a GPU.
 """
 
-import importlib.util
-
-import torch
-
+from moe_bitnet.kernels.backend_triton import DEVICE_TYPES, NAME, why_absent
 from moe_bitnet.kernels.registry import Backend
-
-NAME = "triton"
-DEVICE_TYPES = ("cuda",)
-_OLDEST_CAPABILITY = (8, 0)
 
 
 def load_backend() -> Backend:
     """Import the kernels; without triton or a GPU the backend has no operations and says why."""
-    reason = _why_absent()
+    reason = why_absent()
     if reason is not None:
         return Backend(NAME, {}, DEVICE_TYPES, absent_because=reason)
     from kvcache.kernels.triton.operations import OPERATIONS
 
     return Backend(NAME, OPERATIONS, DEVICE_TYPES)
-
-
-def _why_absent() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install triton"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < _OLDEST_CAPABILITY:
-        return "Triton needs a GPU of compute capability 8.0 (Ampere) or newer"
-    return None

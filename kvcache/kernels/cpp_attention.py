@@ -4,23 +4,22 @@ Shapes, dtypes and strides are checked here, once, before the call. The library 
 """
 
 import ctypes
-from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from kvcache.frame import LayerFrame
 from kvcache.kernels.batch import PagedBatch
-from kvcache.page import FP16_BYTES, PAGE_SIZE, LayerFormat
+from kvcache.kernels.checks import check_tokens
+from kvcache.page import LayerFormat
 from kvcache.scale import scales
-from kvcache.trellis import level_table
+from kvcache.trellis import all_levels
 from moe_bitnet.errors import BackendError, ShapeError
 from moe_bitnet.kernels.structures import require_cpu
 
 MAX_SEGMENTS = 3
 MAX_HEAD_DIM = 256
-LEVEL_BITS = (4, 2, 1)
-"""Widths whose level tables the library is given, in this order."""
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -50,6 +49,9 @@ class Attention:
         self._page_attend = library.page_attend
         self._page_attend.restype = _INT32
         self._page_attend.argtypes = (ctypes.POINTER(CallStructure),)
+        self._levels, self._scales = all_levels(), scales()
+        # What does not change from one call of a layer to the next; it goes with the layer's frame.
+        self._layers: WeakKeyDictionary[LayerFrame, dict[LayerFormat, CallStructure]] = WeakKeyDictionary()
 
     def paged_attention(
         self, layer_format: LayerFormat, frame: LayerFrame, query: Tensor, key: Tensor, value: Tensor, batch: PagedBatch
@@ -60,10 +62,12 @@ class Attention:
             ShapeError: tensors of other sizes or dtypes, not contiguous, or not on the CPU.
             BackendError: no memory for intermediate results.
         """
-        _check_tokens(layer_format, query, key, value)
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            require_cpu(name, tensor, torch.float32)
+        check_tokens(layer_format, query, key, value)
         _check_batch(layer_format, batch, query.shape[0])
         output = torch.empty_like(query)
-        call = CallStructure.from_buffer_copy(_layer_structure(layer_format, frame))
+        call = CallStructure.from_buffer_copy(self._layer_structure(layer_format, frame))
         call.num_heads, call.num_tokens = query.shape[1], query.shape[0]
         call.num_sequences, call.num_threads = len(batch.row_offsets) - 1, torch.get_num_threads()
         call.query, call.key, call.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
@@ -79,38 +83,37 @@ class Attention:
             raise BackendError("paged_attention: no memory for intermediate results. Attend from shorter chunks.")
         return output
 
+    def _layer_structure(self, layer_format: LayerFormat, frame: LayerFrame) -> CallStructure:
+        structures = self._layers.setdefault(frame, {})
+        call = structures.get(layer_format)
+        if call is None:
+            call = structures[layer_format] = self._make_structure(layer_format, frame)
+        return call
 
-@lru_cache(maxsize=4096)
-def _layer_structure(layer_format: LayerFormat, frame: LayerFrame) -> CallStructure:
-    """Return a call with everything that does not change from one to the next; the cache keeps the tensors alive."""
-    key, value = layer_format.key, layer_format.value
-    num_kv_heads, head_dim = layer_format.num_kv_heads, layer_format.head_dim
-    if head_dim > MAX_HEAD_DIM:
-        raise ShapeError(f"paged_attention: head_dim is {head_dim}; at most {MAX_HEAD_DIM} is supported.")
-    call = CallStructure(
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        key_bits=key.num_bits,
-        value_bits=value.num_bits,
-        num_segments=len(key.segments),
-        segment_words=(_INT32 * MAX_SEGMENTS)(*(segment.num_words for segment in key.segments)),
-        segment_bits=(_INT32 * MAX_SEGMENTS)(*(segment.num_bits for segment in key.segments)),
-        levels=_levels().data_ptr(),
-        scales=scales().data_ptr(),
-    )
-    matrix, vector = (num_kv_heads, head_dim, head_dim), (num_kv_heads, head_dim)
-    if key.num_bits < 16:
-        call.query_matrix = _float_pointer("key matrix", frame.key.query_matrix, matrix)
-        call.key_mean = _float_pointer("key mean", frame.key.mean, vector)
-    if value.num_bits < 16:
-        call.value_matrix = _float_pointer("value matrix", frame.value.decode_matrix, matrix)
-        call.value_mean = _float_pointer("value mean", frame.value.mean, vector)
-    return call
-
-
-@lru_cache(maxsize=1)
-def _levels() -> Tensor:
-    return torch.cat([level_table(num_bits) for num_bits in LEVEL_BITS]).to(torch.int8)
+    def _make_structure(self, layer_format: LayerFormat, frame: LayerFrame) -> CallStructure:
+        key, value = layer_format.key, layer_format.value
+        num_kv_heads, head_dim = layer_format.num_kv_heads, layer_format.head_dim
+        if head_dim > MAX_HEAD_DIM:
+            raise ShapeError(f"paged_attention: head_dim is {head_dim}; at most {MAX_HEAD_DIM} is supported.")
+        call = CallStructure(
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            key_bits=key.num_bits,
+            value_bits=value.num_bits,
+            num_segments=len(key.segments),
+            segment_words=(_INT32 * MAX_SEGMENTS)(*(segment.num_words for segment in key.segments)),
+            segment_bits=(_INT32 * MAX_SEGMENTS)(*(segment.num_bits for segment in key.segments)),
+            levels=self._levels.data_ptr(),
+            scales=self._scales.data_ptr(),
+        )
+        matrix, vector = (num_kv_heads, head_dim, head_dim), (num_kv_heads, head_dim)
+        if key.num_bits < 16:
+            call.query_matrix = _float_pointer("key matrix", frame.key.query_matrix, matrix)
+            call.key_mean = _float_pointer("key mean", frame.key.mean, vector)
+        if value.num_bits < 16:
+            call.value_matrix = _float_pointer("value matrix", frame.value.decode_matrix, matrix)
+            call.value_mean = _float_pointer("value mean", frame.value.mean, vector)
+        return call
 
 
 def _float_pointer(name: str, tensor: Tensor, shape: tuple[int, ...]) -> int:
@@ -120,30 +123,15 @@ def _float_pointer(name: str, tensor: Tensor, shape: tuple[int, ...]) -> int:
     return tensor.data_ptr()
 
 
-def _check_tokens(layer_format: LayerFormat, query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        require_cpu(name, tensor, torch.float32)
-    num_kv_heads, head_dim = layer_format.num_kv_heads, layer_format.head_dim
-    kv_shape = (query.shape[0], num_kv_heads, head_dim)
-    is_query = query.dim() == 3 and query.shape[2] == head_dim and query.shape[1] % num_kv_heads == 0
-    if not is_query or key.shape != kv_shape or value.shape != kv_shape:
-        raise ShapeError(
-            f"paged_attention: query, key, value have shapes {list(query.shape)}, {list(key.shape)}, "
-            f"{list(value.shape)}; pass [T, a multiple of {num_kv_heads}, {head_dim}] and twice "
-            f"[T, {num_kv_heads}, {head_dim}]."
-        )
-
-
 def _check_batch(layer_format: LayerFormat, batch: PagedBatch, num_tokens: int) -> None:
     require_cpu("row_offsets", batch.row_offsets, torch.int64)
     require_cpu("page_offsets", batch.page_offsets, torch.int64)
     require_cpu("page_ids", batch.page_ids, torch.int32)
     require_cpu("page_is_packed", batch.page_is_packed, torch.uint8)
     require_cpu("page_num_tokens", batch.page_num_tokens, torch.int32)
-    exact_bytes = 2 * layer_format.num_kv_heads * PAGE_SIZE * layer_format.head_dim * FP16_BYTES
     for name, memory, offset, num_bytes in (
         ("packed", batch.packed, batch.packed_layer_offset, layer_format.layer_bytes),
-        ("exact", batch.exact, batch.exact_layer_offset, exact_bytes),
+        ("exact", batch.exact, batch.exact_layer_offset, layer_format.exact_layer_bytes),
     ):
         require_cpu(name, memory, torch.uint8)
         if memory.dim() != 2 or not 0 <= offset <= memory.shape[1] - num_bytes:

@@ -13,14 +13,11 @@ from torch import Tensor
 
 from kvcache.codec import SCALE_STEPS
 from kvcache.frame import LayerFrame, PlaneFrame
-from kvcache.page import FP16_BYTES, PAGE_SIZE, LayerFormat, PlaneFormat, Segment
+from kvcache.page import LayerFormat, PlaneFormat, Segment
 from kvcache.scale import scales
-from kvcache.trellis import LEVEL_UNIT, level_table
+from kvcache.trellis import LEVEL_UNIT, all_levels
 from moe_bitnet.errors import BackendError, ShapeError
 from moe_bitnet.kernels.structures import require_cpu
-
-TRELLIS_BITS = (4, 2, 1)
-"""Widths whose levels the library is given, in this order."""
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -66,7 +63,7 @@ class Encoder:
         self._page_encode.argtypes = (
             ctypes.POINTER(ConstantsStructure), _INT64, _INT64, plane, plane, _POINTER, _POINTER, _INT32
         )  # fmt: skip
-        self._levels = torch.cat([level_table(num_bits) for num_bits in TRELLIS_BITS])
+        self._levels = all_levels().float()
         self._scales = scales()
         self._scale_steps = torch.tensor(SCALE_STEPS, dtype=torch.int32)
         self._constants = ConstantsStructure(
@@ -85,7 +82,7 @@ class Encoder:
             BackendError: no memory for scratch.
         """
         num_kv_heads, head_dim = layer_format.num_kv_heads, layer_format.head_dim
-        _require_bytes("exact", exact, 2 * num_kv_heads * PAGE_SIZE * head_dim * FP16_BYTES)
+        _require_bytes("exact", exact, layer_format.exact_layer_bytes)
         _require_bytes("packed", packed, layer_format.layer_bytes)
         key = _plane_structure("key", layer_format.key, num_kv_heads, frame.key)
         value = _plane_structure("value", layer_format.value, num_kv_heads, frame.value)

@@ -17,7 +17,7 @@ _OLDEST_CAPABILITY = (8, 0)
 
 def load_backend() -> Backend:
     """Import the kernels; without triton or a GPU the backend has no operations and says why."""
-    reason = _why_absent()
+    reason = why_absent()
     if reason is not None:
         return Backend(NAME, {}, DEVICE_TYPES, absent_because=reason)
     from moe_bitnet.kernels.triton.operations import OPERATIONS
@@ -25,7 +25,8 @@ def load_backend() -> Backend:
     return Backend(NAME, OPERATIONS, DEVICE_TYPES)
 
 
-def _why_absent() -> str | None:
+def why_absent() -> str | None:
+    """Return why no kernel of Triton can run here, or ``None`` if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
     if not torch.cuda.is_available():

@@ -5,13 +5,14 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from kvcache.frame import LayerFrame, PlaneFrame
+from kvcache.frame import LayerFrame
 from kvcache.kernels.batch import PagedBatch
+from kvcache.kernels.checks import check_tokens
 from kvcache.kernels.triton.attention import launch_attention, plan_for
 from kvcache.kernels.triton.encode import launch_encode
 from kvcache.kernels.triton.layout import LINE_BYTES
 from kvcache.kernels.triton.plan import Plan
-from kvcache.page import FP16_BYTES, PAGE_SIZE, LayerFormat
+from kvcache.page import LayerFormat
 from moe_bitnet.errors import ShapeError
 from moe_bitnet.kernels.registry import Operation
 
@@ -25,8 +26,8 @@ def encode_page(layer_format: LayerFormat, frame: LayerFrame, exact: Tensor, pac
         exact: uint8 ``[exact layer bytes]``, contiguous: float16 planes, finite.
         packed: uint8 ``[layer_bytes]``, contiguous, written.
     """
-    exact_bytes = 2 * FP16_BYTES * layer_format.num_kv_heads * PAGE_SIZE * layer_format.head_dim
-    for name, x, num_bytes in (("exact", exact, exact_bytes), ("packed", packed, layer_format.layer_bytes)):
+    sizes = (layer_format.exact_layer_bytes, layer_format.layer_bytes)
+    for name, x, num_bytes in zip(("exact", "packed"), (exact, packed), sizes, strict=True):
         if x.dtype != torch.uint8 or x.shape != (num_bytes,) or not x.is_contiguous() or x.storage_offset() % 4:
             raise ShapeError(
                 f"encode_page: {name} is {x.dtype} {list(x.shape)} from byte {x.storage_offset()} of its memory. Give "
@@ -34,7 +35,7 @@ def encode_page(layer_format: LayerFormat, frame: LayerFrame, exact: Tensor, pac
             )
     if exact.device != packed.device:
         raise ShapeError(f"encode_page: exact is on {exact.device} and packed on {packed.device}. Move one of them.")
-    launch_encode(layer_format, _on_device(frame, packed.device), exact, packed)
+    launch_encode(layer_format, frame.to(packed.device), exact, packed)
 
 
 def paged_attention(
@@ -61,7 +62,8 @@ def paged_attention(
     Returns:
         float32 ``[T, num_heads, head_dim]``.
     """
-    _check_sizes(layer_format, query, key, value)
+    check_tokens(layer_format, query, key, value)
+    _check_devices(query, key, value)
     _check_pages(batch)
     if query.shape[0] == 0:
         return torch.empty_like(query)
@@ -76,20 +78,10 @@ def paged_attention(
         page_num_tokens=batch.page_num_tokens.to(device, torch.int32).contiguous(),
     )
     plan = plan or plan_for(layer_format, query, batch)
-    return launch_attention(layer_format, _on_device(frame, device), query, key, value, batch, plan)
+    return launch_attention(layer_format, frame.to(device), query, key, value, batch, plan)
 
 
-def _check_sizes(layer_format: LayerFormat, query: Tensor, key: Tensor, value: Tensor) -> None:
-    num_kv_heads, head_dim = layer_format.num_kv_heads, layer_format.head_dim
-    num_tokens = query.shape[0]
-    is_query = query.dim() == 3 and query.shape[2] == head_dim and query.shape[1] % num_kv_heads == 0
-    if not is_query or any(x.shape != (num_tokens, num_kv_heads, head_dim) for x in (key, value)):
-        raise ShapeError(
-            f"paged_attention: query, key and value have shapes {list(query.shape)}, {list(key.shape)} and "
-            f"{list(value.shape)}. The layer has {num_kv_heads} KV heads of {head_dim} channels: give "
-            f"[num_tokens, a multiple of {num_kv_heads}, {head_dim}], and twice "
-            f"[num_tokens, {num_kv_heads}, {head_dim}]."
-        )
+def _check_devices(query: Tensor, key: Tensor, value: Tensor) -> None:
     if key.device != query.device or value.device != query.device:
         raise ShapeError(
             f"paged_attention: query is on {query.device}, key on {key.device} and value on {value.device}. "
@@ -111,15 +103,6 @@ def _check_pages(batch: PagedBatch) -> None:
                 f"paged_attention: the layer begins at byte {offset} of a page in {name}; layers begin on multiples "
                 f"of {LINE_BYTES}. Take it from PageFormat.layer_offset."
             )
-
-
-def _on_device(frame: LayerFrame, device: torch.device) -> LayerFrame:
-    return LayerFrame(_plane_on_device(frame.key, device), _plane_on_device(frame.value, device))
-
-
-def _plane_on_device(frame: PlaneFrame, device: torch.device) -> PlaneFrame:
-    tensors = (frame.mean, frame.encode_matrix, frame.decode_matrix, frame.segment_weights)
-    return PlaneFrame(*(x.to(device, torch.float32).contiguous() for x in tensors))
 
 
 OPERATIONS: dict[str, Operation] = {"encode_page": encode_page, "paged_attention": paged_attention}

@@ -35,6 +35,7 @@ def load_segments(digits, rows, is_row, KEY_SEGMENTS: tl.constexpr, NUM_DIGITS: 
     Segments of less than 8 bits have one digit, which stands for both.
     """
     parts = ()
+    # Triton unrolls the loop, so the tuple has another type after each turn, which mypy does not follow
     for index in tl.static_range(len(KEY_SEGMENTS)):
         parts += (load_segment(digits, rows, is_row, KEY_SEGMENTS, index, NUM_DIGITS),)  # type: ignore[assignment]
     return parts

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from kvcache.codec import SCALE_STEPS
 from kvcache.scale import scales
-from kvcache.trellis import LARGEST_LEVEL, LEVELS
+from kvcache.trellis import LARGEST_LEVEL, all_levels
 
 
 @cache
 def level_table(device: torch.device) -> Tensor:
-    """Return int8 ``[192]``: 64 levels of 4 bits, then of 2 bits, then of 1 bit."""
-    return torch.tensor([level for num_bits in (4, 2, 1) for level in LEVELS[num_bits]], dtype=torch.int8).to(device)
+    """Return int8 ``[192]``, see :func:`kvcache.trellis.all_levels`."""
+    return all_levels().to(device)
 
 
 @cache

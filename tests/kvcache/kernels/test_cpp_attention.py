@@ -1,5 +1,8 @@
 """Attention over pages in C++ against the plain PyTorch formula: every width, head size, instruction set."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from kernel_variants import computing_with, torch_threads
@@ -152,3 +155,13 @@ def test_wrong_arguments_are_refused(name, change):
     change(sequences)
     with pytest.raises(ShapeError, match=name):
         sequences.attend("cpp")
+
+
+def test_a_frame_is_let_go_when_its_cache_is():
+    layer = layer_format(NUM_KV_HEADS, 32, 4, 4)
+    sequences = Sequences(layer, plain_layer_frame(layer), num_past=(100,), num_new=(1,))
+    sequences.attend("cpp")
+    frame = weakref.ref(sequences.frame)
+    del sequences
+    gc.collect()
+    assert frame() is None

@@ -4,35 +4,20 @@ The tiles are those of ``plan.py``. Products of codes must run on int8 tensor co
 memory up to 128 channels, but for a few on some versions of Triton.
 """
 
-import importlib.util
-import os
 import re
-import subprocess
-import tempfile
 
 import pytest
 import torch
 from page_factories import exact_page, layer_format, plain_layer_frame, random_tokens
-
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-if os.environ.get("TRITON_INTERPRET"):
-    pytest.skip("TRITON_INTERPRET is set: this process interprets and cannot compile", allow_module_level=True)
-
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from triton.runtime import JITFunction, driver
+from triton_compiling import ARCHITECTURES, INT8_PRODUCT, assert_sound, compile_ahead, launched
 
 from kvcache.kernels.batch import PagedBatch
 from kvcache.kernels.triton import exact, frame_map, layout, merge, operations, packed, queries, trials, writer
 from kvcache.kernels.triton.plan import TILES
 from kvcache.page import PAGE_SIZE
 
-ARCHITECTURES = (80, 90, 100)
-INT8_PRODUCT = re.compile(
-    r"mma\.sync\.\S*\.s32\.s8\.s8\.s32|wgmma\.mma_async\.\S*\.s32\.s8\.s8|tcgen05\.mma\.\S*kind::i8"
-)
+__all__ = ["launched"]  # a fixture
+
 HALF_PRODUCT = re.compile(
     r"mma\.sync\.\S*\.f32\.f16\.f16\.f32|wgmma\.mma_async\.\S*\.f32\.f16\.f16|tcgen05\.mma\.\S*kind::f16"
 )
@@ -53,37 +38,9 @@ TYPES = {name: kind for kind, names in POINTERS.items() for name in names} | {"s
 
 
 def compile_kernel(kernel, architecture, constants, num_warps=4, num_stages=3, **types):
-    """Compile as a launch with aligned tensors would; constants that the kernel does not take are left out."""
-    names = kernel.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
-    kinds = {name: "constexpr" if name in constants else {**TYPES, **types}.get(name, "i32") for name in names}
-    source = ASTSource(
-        fn=kernel,
-        signature=kinds,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in names if kinds[name].startswith("*")},
-    )
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
-    return compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-
-
-def assert_sound(compiled, product=None, num_products=0, max_stack_bytes=0):
-    """No spills, or few; at least ``num_products`` tensor-core instructions of a kind."""
-    ptx = compiled.asm["ptx"]
-    assert "st.global" in ptx, "a kernel that stores nothing was compiled away"
-    assert product is None or len(product.findall(ptx)) >= num_products
-    assert stack_bytes(compiled.asm["cubin"]) <= max_stack_bytes, "registers spill to memory"
-
-
-def stack_bytes(cubin):
-    """Bytes of stack of a thread, which is where registers spill to; the assembler notes them in the binary."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (stack,) = re.findall(r"STACK:(\d+)", usage)
-    return int(stack)
+    """Compile ahead of time; constants that the kernel does not take are left out."""
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return compile_ahead(kernel, architecture, constants, {**TYPES, **types}, num_warps, num_stages)
 
 
 def constants_of(layer, tile):
@@ -186,37 +143,6 @@ def test_small_kernels_of_the_encoder_compile(architecture, is_key, is_plain):
     assert_sound(compile_kernel(frame_map.map_kernel, architecture, constants))
     constants = {"NUM_TRIALS": num_trials, "NUM_ERRORS": 1 if is_key else 128}
     assert_sound(compile_kernel(trials.choose_kernel, architecture, constants, num_warps=2, planes="*u8"))
-
-
-class DriverWithoutGpu:
-    """As much of a driver as compiling for a launch asks for."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Let launches compile for Hopper, with the arguments they are given, and stop there; lists the kernels."""
-    kernels, run = [], JITFunction.run
-
-    def compile_only(kernel, *arguments, grid, warmup, **options):
-        compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
-        kernels.append(kernel)
-        assert compiled.asm["cubin"]
-        return compiled
-
-    monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setattr(driver, "_active", DriverWithoutGpu())
-    yield kernels
-    for kernel in kernels:
-        kernel.device_caches.clear()  # what was compiled for a device that is not there
 
 
 @pytest.mark.parametrize(("widths", "group", "num_new"), [((4, 4), 1, 1), ((16, 8), 3, 40)], ids=str)

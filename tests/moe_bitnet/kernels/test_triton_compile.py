@@ -3,34 +3,17 @@
 The tiles are those of ``plan.py``. A product must run on int8 tensor cores, and nothing may spill registers to memory.
 """
 
-import importlib.util
-import os
-import re
-import subprocess
-import tempfile
-
 import pytest
 import torch
 from kernel_variants import offsets_of, random_experts, random_packed, random_rows
-
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-if os.environ.get("TRITON_INTERPRET"):
-    pytest.skip("TRITON_INTERPRET is set: this process interprets and cannot compile", allow_module_level=True)
-
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from triton.runtime import JITFunction, driver
+from triton_compiling import ARCHITECTURES, assert_sound, compile_ahead, launched
 
 from moe_bitnet.kernels.triton import expert_ffn, launches, linear, operations, quantize, repack, unpack
 from moe_bitnet.kernels.triton.plan import MAX_BASE3_TOKENS, PAIR_TILES, SINGLE_TILES
 from moe_bitnet.packing import LAYOUTS
 
-ARCHITECTURES = (80, 90, 100)
-INT8_PRODUCT = re.compile(
-    r"mma\.sync\.\S*\.s32\.s8\.s8\.s32|wgmma\.mma_async\.\S*\.s32\.s8\.s8|tcgen05\.mma\.\S*kind::i8"
-)
+__all__ = ["launched"]  # a fixture
+
 POINTERS = {
     "*i8": ("x", "x_q"),
     "*u8": ("tiles", "gate_tiles", "up_tiles", "base3_tiles", "two_bit_tiles"),
@@ -44,36 +27,8 @@ MULTIPLES_OF_16 = ("in_features", "out_features", "num_features", "block_bytes",
 
 def compile_kernel(kernel, architecture, constants, num_warps=4, num_stages=3, **types):
     """Compile as a launch with sizes that are multiples of 16 would."""
-    names = kernel.arg_names
-    kinds = {name: "constexpr" if name in constants else {**TYPES, **types}.get(name, "i32") for name in names}
-    aligned = [name for name in names if kinds[name].startswith("*") or name in MULTIPLES_OF_16]
-    source = ASTSource(
-        fn=kernel,
-        signature=kinds,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
-    return compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-
-
-def assert_sound(compiled, num_products=0):
-    """No spills; at least ``num_products`` int8 tensor-core instructions."""
-    ptx = compiled.asm["ptx"]
-    assert "st.global" in ptx, "a kernel that stores nothing was compiled away"
-    assert len(INT8_PRODUCT.findall(ptx)) >= num_products
-    assert stack_bytes(compiled.asm["cubin"]) == 0, "registers spill to memory"
-
-
-def stack_bytes(cubin):
-    """Bytes of stack of a thread, which is where registers spill to; the assembler notes them in the binary."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (stack,) = re.findall(r"STACK:(\d+)", usage)
-    return int(stack)
+    kinds = {**TYPES, **types}
+    return compile_ahead(kernel, architecture, constants, kinds, num_warps, num_stages, MULTIPLES_OF_16)
 
 
 def family(architecture):
@@ -157,36 +112,10 @@ def test_small_kernels_compile_without_spills(architecture):
         assert_sound(compile_kernel(kernel, architecture, constants))
 
 
-class DriverWithoutGpu:
-    """As much of a driver as compiling for a launch asks for."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Let launches compile for Hopper, with the arguments they are given, and stop there; lists the kernels."""
-    kernels, run = [], JITFunction.run
-
-    def compile_only(kernel, *arguments, grid, warmup, **options):
-        compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
-        kernels.append(kernel)
-        assert compiled.asm["cubin"]
-        return compiled
-
-    monkeypatch.setattr(JITFunction, "run", compile_only)
+@pytest.fixture(autouse=True)
+def _ptx(monkeypatch):
+    """Launches take the kernels for GPUs, although their tensors are on the CPU."""
     monkeypatch.setattr(launches, "_uses_ptx", lambda rows: True)
-    monkeypatch.setattr(driver, "_active", DriverWithoutGpu())
-    yield kernels
-    for kernel in kernels:
-        kernel.device_caches.clear()  # what was compiled for a device that is not there
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 64, 96), (40, 4096, 33)], ids=str)

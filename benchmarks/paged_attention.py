@@ -117,11 +117,7 @@ def torch_candidates(depth: int) -> dict[str, Call]:
         # [copies, keys and values, KV heads, tokens, channels]
         copies = torch.randn(2, NUM_KV_HEADS, depth, HEAD_DIM).to(dtype).repeat(num_copies, 1, 1, 1, 1)
         query = torch.randn(NUM_KV_HEADS, NUM_HEADS // NUM_KV_HEADS, HEAD_DIM).to(dtype)
-        for name, function in (
-            ("grouped matmul", _matmul),
-            ("SDPA, groups as rows", _sdpa),
-            ("SDPA, enable_gqa", _gqa),
-        ):
+        for name, function in FORMULATIONS.items():
             calls[f"{name} {dtype_name}"] = _rotating(function, query, copies)
     return calls
 

@@ -71,7 +71,7 @@ class RemoteExperts:
     ) -> None:
         self._layer_index = layer_index
         self._device_names = placement.device_names
-        self._device_of_expert = torch.tensor(placement.device_of_expert[layer_index])
+        self._device_of_expert = torch.tensor(placement.primary_devices(layer_index))
         self._clients = clients
         self._meter = meter
         self._dispatch: RowFormat = dispatch

@@ -118,10 +118,13 @@ def expected_bytes_per_token(
     has_dedup: bool = True,
     combine: CombineMode = "rows",
 ) -> TrafficBytes:
-    """Predict the bytes of one token in all layers of a placement; arguments as in :func:`bytes_per_token`."""
+    """Predict the bytes of one token in all layers of a placement; arguments as in :func:`bytes_per_token`.
+
+    Every token is taken to visit the primary copy of an expert.
+    """
     layers = [
         bytes_per_token(
-            placement.num_experts_per_device(layer_index),
+            [placement.primary_devices(layer_index).count(device) for device in range(placement.num_devices)],
             top_k,
             hidden_size,
             dispatch_row,
@@ -148,7 +151,7 @@ def routed_bytes(
     has_dedup: bool = True,
     combine: CombineMode = "rows",
 ) -> TrafficBytes:
-    """Count the bytes of all tokens of an actual routing in one layer, exactly.
+    """Count the bytes of all tokens of an actual routing in one layer, exactly, if all visit primary copies.
 
     Args:
         expert_indices: ``[num_tokens, top_k]`` integers, distinct within a row.
@@ -173,7 +176,7 @@ def routed_bytes(
         )
     if bool(((expert_indices < 0) | (expert_indices >= num_experts)).any()):
         raise ShapeError(f"routed_bytes: expert_indices leave the range 0 to {num_experts - 1} of layer {layer_index}.")
-    device_of_expert = torch.tensor(placement.device_of_expert[layer_index])
+    device_of_expert = torch.tensor(placement.primary_devices(layer_index))
     devices = device_of_expert[expert_indices.cpu().long()]  # [T, K]
     is_visited = torch.zeros(len(devices), placement.num_devices, dtype=torch.bool).scatter_(1, devices, True)
     return _traffic(

@@ -1,12 +1,14 @@
-"""The answer of the solver, or a user's own: the device of every expert.
+"""The answer of the solver, or a user's own: the devices of every expert.
 
-    {"device_names": ["a", "b"],            device 0, here "a", is the home
-     "device_of_expert": [[0, 0, 1, 1],     layer 0: experts 0 and 1 on "a", 2 and 3 on "b"
-                          [0, 1, 0, 1]]}    layer 1
+    {"device_names": ["a", "b"],                    device 0, here "a", is the home
+     "devices_of_expert": [[0, 0, [1, 0], 1],       layer 0: 0 and 1 on "a", 2 on "b" with a replica on "a", 3 on "b"
+                           [0, 1, 0, 1]]}           layer 1
 
-These two fields are all that a hand-written file needs. Files written here also
-carry ``lower_bound`` and ``bytes_per_device`` for the reader; both are computed anew
-from the problem when a file is read.
+An entry is one device index, or a list of those that hold a copy. All copies are equal; the
+first is called the primary, the others are replicas. These two fields are all that a
+hand-written file needs. Files written here have lists everywhere, and also carry
+``lower_bound`` and ``bytes_per_device`` for the reader; both are computed anew from the
+problem when a file is read.
 """
 
 from collections.abc import Sequence
@@ -15,30 +17,32 @@ from pathlib import Path
 from typing import Any
 
 from cluster.placement.bound import device_lower_bound
+from cluster.placement.placement_checks import check_devices, copies_of_experts
 from cluster.placement.problem import PlacementProblem
 from cluster.topology import read_json
 from moe_bitnet.errors import PlacementError
 from moe_bitnet.files import write_json_atomically
 from moe_bitnet.units import format_bytes
 
-_REQUIRED = {"device_names", "device_of_expert"}
+_REQUIRED = {"device_names", "devices_of_expert"}
 _COMPUTED = {"lower_bound", "bytes_per_device"}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A device for each expert. Build it with :meth:`for_problem` or :meth:`from_dict`, which check it.
+    """At least one device for each expert. Build it with :meth:`for_problem` or :meth:`from_dict`, which check it.
 
     Attributes:
         device_names: the devices in use, each once; device 0 is the home, where tokens and all that is
             not a routed expert live.
-        device_of_expert: ``[num_layers][num_experts]`` indices into ``device_names``.
+        devices_of_expert: ``[num_layers][num_experts]`` distinct indices into ``device_names``, one for each copy;
+            the first is the primary copy.
         lower_bound: no placement of this model needs fewer devices than this.
-        bytes_per_device: model bytes on each device, home part included.
+        bytes_per_device: model bytes on each device, home part and every copy included.
     """
 
     device_names: tuple[str, ...]
-    device_of_expert: tuple[tuple[int, ...], ...]
+    devices_of_expert: tuple[tuple[tuple[int, ...], ...], ...]
     lower_bound: int
     bytes_per_device: tuple[int, ...]
 
@@ -50,34 +54,51 @@ class Placement:
     @property
     def num_layers(self) -> int:
         """L, layers that hold a mixture of experts."""
-        return len(self.device_of_expert)
+        return len(self.devices_of_expert)
 
     @property
     def num_experts(self) -> int:
         """E, experts in each layer."""
-        return len(self.device_of_expert[0])
+        return len(self.devices_of_expert[0])
+
+    @property
+    def num_replicas(self) -> int:
+        """Copies beyond the first of every expert, in all layers."""
+        return sum(len(copies) - 1 for layer in self.devices_of_expert for copies in layer)
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether any expert has more than one copy."""
+        return self.num_replicas > 0
+
+    def primary_devices(self, layer_index: int) -> list[int]:
+        """Return the device of the primary copy of each expert of one layer."""
+        return [copies[0] for copies in self.devices_of_expert[layer_index]]
 
     def expert_ids_on(self, device_index: int, layer_index: int) -> list[int]:
-        """Return the experts of one layer that live on one device, ascending."""
-        layer = self.device_of_expert[layer_index]
-        return [expert_id for expert_id, device in enumerate(layer) if device == device_index]
+        """Return the experts of one layer that have a copy on one device, ascending."""
+        layer = self.devices_of_expert[layer_index]
+        return [expert_id for expert_id, copies in enumerate(layer) if device_index in copies]
 
     def num_experts_per_device(self, layer_index: int) -> list[int]:
-        """Return how many experts of one layer live on each device, in device order."""
-        layer = self.device_of_expert[layer_index]
-        return [layer.count(device_index) for device_index in range(self.num_devices)]
+        """Return how many experts of one layer each device holds, in device order; every copy counts."""
+        counts = [0] * self.num_devices
+        for copies in self.devices_of_expert[layer_index]:
+            for device_index in copies:
+                counts[device_index] += 1
+        return counts
 
     def check(self, problem: PlacementProblem) -> None:
         """Check that this placement solves ``problem``.
 
         Raises:
-            PlacementError: a device is unknown, named twice or over-full, an index names no device,
-                or the number of layers or experts is not the model's.
+            PlacementError: a device is unknown, named twice or over-full, an index names no device, an expert
+                has no copy or two on one device, or the number of layers or experts is not the model's.
         """
-        _check_devices(self.device_names, problem)
-        _check_experts(self.device_of_expert, self.num_devices, problem)
+        check_devices(self.device_names, problem)
+        copies_of_experts(self.devices_of_expert, self.num_devices, problem)
         usable = {device.name: device.usable_bytes for device in problem.topology.devices}
-        used = _bytes_per_device(problem, self.num_devices, self.device_of_expert)
+        used = _bytes_per_device(problem, self.num_devices, self.devices_of_expert)
         for name, used_bytes in zip(self.device_names, used, strict=True):
             if used_bytes > usable[name]:
                 raise PlacementError(
@@ -90,31 +111,35 @@ class Placement:
         """Return a JSON-ready dictionary that :meth:`from_dict` takes back."""
         return {
             "device_names": list(self.device_names),
-            "device_of_expert": [list(layer) for layer in self.device_of_expert],
+            "devices_of_expert": [[list(copies) for copies in layer] for layer in self.devices_of_expert],
             "lower_bound": self.lower_bound,
             "bytes_per_device": list(self.bytes_per_device),
         }
 
     @classmethod
     def for_problem(
-        cls, problem: PlacementProblem, device_names: Sequence[str], device_of_expert: Sequence[Sequence[int]]
+        cls,
+        problem: PlacementProblem,
+        device_names: Sequence[str],
+        devices_of_expert: Sequence[Sequence[int | Sequence[int]]],
     ) -> "Placement":
         """Build a placement and check it against ``problem``.
 
         Args:
             problem: what is placed.
             device_names: names from the problem's topology, the home first.
-            device_of_expert: ``[num_layers][num_experts]`` indices into ``device_names``.
+            devices_of_expert: ``[num_layers][num_experts]``; an entry is an index into ``device_names``, or a
+                list or tuple of them, the primary copy first.
         Raises:
             PlacementError: see :meth:`check`.
         """
-        _check_devices(device_names, problem)
-        _check_experts(device_of_expert, len(device_names), problem)
+        check_devices(device_names, problem)
+        copies = copies_of_experts(devices_of_expert, len(device_names), problem)
         placement = cls(
             device_names=tuple(device_names),
-            device_of_expert=tuple(tuple(layer) for layer in device_of_expert),
+            devices_of_expert=copies,
             lower_bound=device_lower_bound(problem),
-            bytes_per_device=_bytes_per_device(problem, len(device_names), device_of_expert),
+            bytes_per_device=_bytes_per_device(problem, len(device_names), copies),
         )
         placement.check(problem)
         return placement
@@ -132,14 +157,14 @@ class Placement:
         """
         if not isinstance(values, dict) or not _REQUIRED <= set(values) <= _REQUIRED | _COMPUTED:
             raise PlacementError(
-                f"{source}: expected a JSON object with device_names and device_of_expert, and perhaps "
+                f"{source}: expected a JSON object with device_names and devices_of_expert, and perhaps "
                 f"{' and '.join(sorted(_COMPUTED))}."
             )
-        names, layers = values["device_names"], values["device_of_expert"]
+        names, layers = values["device_names"], values["devices_of_expert"]
         if not isinstance(names, list) or not isinstance(layers, list) or not all(isinstance(x, list) for x in layers):
             raise PlacementError(
-                f"{source}: device_names must be a list of names, and device_of_expert a list with one list of "
-                f"device indices for each layer."
+                f"{source}: device_names must be a list of names, and devices_of_expert a list with one list for "
+                f"each layer: for each expert a device index, or a list of them."
             )
         try:
             return cls.for_problem(problem, names, layers)
@@ -162,43 +187,12 @@ class Placement:
 
 
 def _bytes_per_device(
-    problem: PlacementProblem, num_devices: int, device_of_expert: Sequence[Sequence[int]]
+    problem: PlacementProblem, num_devices: int, devices_of_expert: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[int, ...]:
     used = [0] * num_devices
     used[0] = problem.home_bytes
-    for layer in device_of_expert:
-        for device_index in layer:
-            used[device_index] += problem.expert_bytes
+    for layer in devices_of_expert:
+        for copies in layer:
+            for device_index in copies:
+                used[device_index] += problem.expert_bytes
     return tuple(used)
-
-
-def _check_devices(device_names: Sequence[Any], problem: PlacementProblem) -> None:
-    known = [device.name for device in problem.topology.devices]
-    if not device_names:
-        raise PlacementError("placement: it names no device. Name at least the home.")
-    for position, name in enumerate(device_names):
-        if name not in known:
-            raise PlacementError(f"placement: device {name!r} is not in the topology, which has {', '.join(known)}.")
-        if name in device_names[:position]:
-            raise PlacementError(f"placement: device {name!r} is named twice. Name each device once.")
-
-
-def _check_experts(device_of_expert: Sequence[Sequence[Any]], num_devices: int, problem: PlacementProblem) -> None:
-    if len(device_of_expert) != problem.num_layers:
-        raise PlacementError(
-            f"placement: it places {len(device_of_expert)} layers, the model has {problem.num_layers}. "
-            f"Give one list for each layer that holds experts."
-        )
-    for layer_index, layer in enumerate(device_of_expert):
-        if len(layer) != problem.num_experts:
-            raise PlacementError(
-                f"placement: layer {layer_index} places {len(layer)} experts, the model has {problem.num_experts}. "
-                f"Give one device index for each expert."
-            )
-        for expert_id, device_index in enumerate(layer):
-            is_index = isinstance(device_index, int) and not isinstance(device_index, bool)
-            if not is_index or not 0 <= device_index < num_devices:
-                raise PlacementError(
-                    f"placement: layer {layer_index} puts expert {expert_id} on device {device_index!r}; "
-                    f"allowed are the indices 0 to {num_devices - 1} of device_names."
-                )

@@ -11,7 +11,7 @@ from typing import Any
 from cluster.config import ClusterConfig
 from cluster.placement.placement import Placement
 from cluster.placement.problem import PlacementProblem
-from cluster.placement.solver import solve_placement, solve_spread
+from cluster.placement.solver import solve_placement
 from cluster.topology import MAX_LOGICAL_DEVICES, Topology, logical_devices
 from moe_bitnet.checkpoint.manifest import verify_manifest
 from moe_bitnet.checkpoint.native import load_model, read_info
@@ -157,7 +157,7 @@ def twin_plan(run_folder: RunFolder) -> Plan:
 
 def spread_plan(plan: Plan, num_devices: int) -> Plan:
     """Spread a model evenly over more devices than it needs."""
-    return Plan(plan.problem, solve_spread(plan.problem, num_devices))
+    return Plan(plan.problem, solve_placement(plan.problem, num_devices=num_devices))
 
 
 @contextmanager

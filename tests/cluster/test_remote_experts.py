@@ -195,7 +195,7 @@ def test_a_row_is_sent_once_to_each_device_that_works_on_it(plan, num_tokens, se
     _, placement = place(*plan)
     clients, routing = start_local_hosts(model, placement), random_routing(num_tokens, seed)
     one_layer(clients, placement).run(random_rows(num_tokens), routing)
-    device_of_expert = placement.device_of_expert[0]
+    device_of_expert = placement.primary_devices(0)
     for device_index, client in enumerate(clients):
         pairs = [
             (token, expert_id)

@@ -15,7 +15,7 @@ from cluster.placement.cost import (
 )
 from cluster.placement.placement import Placement
 from cluster.placement.problem import PlacementProblem
-from cluster.placement.solver import solve_placement, solve_spread
+from cluster.placement.solver import solve_placement
 from cluster.topology import logical_devices
 from cluster.transport.frames import DispatchFrame, metadata_bytes, payload_bytes
 from cluster.transport.row_format import RowFormat, row_bytes
@@ -97,7 +97,7 @@ def test_layers_add_up() -> None:
 @pytest.mark.parametrize("has_dedup", [True, False])
 def test_counted_bytes_are_those_of_the_frames(num_tokens: int, has_dedup: bool) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
-    placement = solve_spread(PlacementProblem(2, 7, 10, 5, logical_devices(3, 1000)), 3)
+    placement = solve_placement(PlacementProblem(2, 7, 10, 5, logical_devices(3, 1000)), num_devices=3)
     expert_indices = torch.rand(num_tokens, 7, generator=generator).argsort(dim=1)[:, :3]
     payload = metadata = num_pairs = 0
     for device_index in (1, 2):
@@ -136,3 +136,18 @@ def test_impossible_questions_are_refused() -> None:
     for wrong in (torch.tensor([[2]]), torch.tensor([[-1]]), torch.tensor([0]), torch.tensor([[0.0]])):
         with pytest.raises(ShapeError, match="expert_indices"):
             routed_bytes(wrong, placement, 0, 4, "int8", "float32")
+
+
+def test_traffic_is_that_of_primary_copies() -> None:
+    topology = logical_devices(2, 10**9)
+    problem = PlacementProblem(1, 4, 1, 0, topology)
+    names = [device.name for device in topology.devices]
+    single = Placement.for_problem(problem, names, [[0, 1, 1, 0]])
+    replicated = Placement.for_problem(problem, names, [[[0, 1], [1, 0], 1, [0]]])
+    routing = torch.tensor([[0, 1], [1, 2], [3, 0]])
+    assert routed_bytes(routing, replicated, 0, 8, "int8", "float32") == routed_bytes(
+        routing, single, 0, 8, "int8", "float32"
+    )
+    assert expected_bytes_per_token(replicated, 2, 8, "int8", "float32") == expected_bytes_per_token(
+        single, 2, 8, "int8", "float32"
+    )

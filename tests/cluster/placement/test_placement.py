@@ -19,7 +19,7 @@ PROBLEM = PlacementProblem(
     home_bytes=5,
     topology=Topology((Device("a", 45), Device("b", 60), Device("c", 20))),
 )
-OWN: dict[str, Any] = {"device_names": ["a", "b"], "device_of_expert": [[0, 1, 0, 1], [1, 1, 0, 0]]}
+OWN: dict[str, Any] = {"device_names": ["a", "b"], "devices_of_expert": [[0, 1, 0, 1], [1, 1, 0, 0]]}
 
 
 def test_a_hand_written_placement_is_usable() -> None:
@@ -30,6 +30,25 @@ def test_a_hand_written_placement_is_usable() -> None:
     assert placement.expert_ids_on(0, 0) == [0, 2]
     assert placement.expert_ids_on(1, 1) == [0, 1]
     assert placement.num_experts_per_device(0) == [2, 2]
+
+
+def test_replicas_count_as_copies_and_the_first_is_the_primary() -> None:
+    placement = Placement.from_dict({**OWN, "devices_of_expert": [[0, [1, 0], 1, 1], [1, 1, [0], [1]]]}, PROBLEM)
+    assert placement.devices_of_expert == (((0,), (1, 0), (1,), (1,)), ((1,), (1,), (0,), (1,)))
+    assert placement.has_replicas
+    assert placement.num_replicas == 1
+    assert placement.bytes_per_device == (35, 60)
+    assert placement.primary_devices(0) == [0, 1, 1, 1]
+    assert placement.expert_ids_on(0, 0) == [0, 1]
+    assert placement.expert_ids_on(1, 0) == [1, 2, 3]
+    assert placement.num_experts_per_device(0) == [2, 3]
+    assert not Placement.from_dict(OWN, PROBLEM).has_replicas
+
+
+def test_a_written_placement_has_a_list_of_devices_for_every_expert() -> None:
+    written = Placement.from_dict(OWN, PROBLEM).to_dict()
+    assert written["devices_of_expert"] == [[[0], [1], [0], [1]], [[1], [1], [0], [0]]]
+    assert Placement.from_dict(written, PROBLEM) == Placement.from_dict(OWN, PROBLEM)
 
 
 def test_a_solved_placement_survives_its_file_and_pickling(tmp_path: Path) -> None:
@@ -52,15 +71,23 @@ def test_sizes_come_from_the_problem_and_not_from_the_file() -> None:
         ({"device_names": ["a", "a"]}, "named twice"),
         ({"device_names": []}, "names no device"),
         ({"device_names": "ab"}, "list of names"),
-        ({"device_of_expert": [[0, 1, 0, 1]]}, "1 layers, the model has 2"),
-        ({"device_of_expert": [[0, 1, 0, 1], [0, 1, 0]]}, "layer 1 places 3 experts, the model has 4"),
-        ({"device_of_expert": [[0, 1, 0, 2], [0, 0, 1, 1]]}, "layer 0 puts expert 3 on device 2"),
-        ({"device_of_expert": [[0, 1, 0, -1], [0, 0, 1, 1]]}, "device -1"),
-        ({"device_of_expert": [[0, 1, 0, True], [0, 0, 1, 1]]}, "device True"),
-        ({"device_of_expert": [[0, 1, 0, 1.0], [0, 0, 1, 1]]}, r"device 1\.0"),
-        ({"device_of_expert": [[0, 1, 0, "b"], [0, 0, 1, 1]]}, "device 'b'"),
-        ({"device_of_expert": [0, 1]}, "list with one list"),
-        ({"device_of_expert": [[0, 0, 0, 1], [0, 0, 1, 1]]}, "'a' would hold 55 B and offers 45 B: 10 B are missing"),
+        ({"devices_of_expert": [[0, 1, 0, 1]]}, "1 layers, the model has 2"),
+        ({"devices_of_expert": [[0, 1, 0, 1], [0, 1, 0]]}, "layer 1 places 3 experts, the model has 4"),
+        ({"devices_of_expert": [[0, 1, 0, 2], [0, 0, 1, 1]]}, "layer 0 puts expert 3 on device 2"),
+        ({"devices_of_expert": [[0, 1, 0, -1], [0, 0, 1, 1]]}, "device -1"),
+        ({"devices_of_expert": [[0, 1, 0, True], [0, 0, 1, 1]]}, "device True"),
+        ({"devices_of_expert": [[0, 1, 0, 1.0], [0, 0, 1, 1]]}, r"device 1\.0"),
+        ({"devices_of_expert": [[0, 1, 0, "b"], [0, 0, 1, 1]]}, "device 'b'"),
+        ({"devices_of_expert": [[0, 1, [0, 2], 1], [0, 0, 1, 1]]}, "layer 0 puts expert 2 on device 2"),
+        ({"devices_of_expert": [[0, 1, [], 1], [0, 0, 1, 1]]}, "layer 0 puts expert 2 on no device"),
+        ({"devices_of_expert": [[0, 1, [1, 0, 1], 1], [0, 0, 1, 1]]}, "layer 0 puts expert 2 twice on one device"),
+        ({"devices_of_expert": [[0, 1, [[0]], 1], [0, 0, 1, 1]]}, r"device \[0\]"),
+        ({"devices_of_expert": [0, 1]}, "list with one list"),
+        ({"devices_of_expert": [[0, 0, 0, 1], [0, 0, 1, 1]]}, "'a' would hold 55 B and offers 45 B: 10 B are missing"),
+        (
+            {"devices_of_expert": [[0, [1, 0], 0, 1], [1, [1, 0], 0, 0]]},
+            "'a' would hold 65 B and offers 45 B: 20 B are missing",
+        ),
         ({"comment": "mine"}, "expected a JSON object"),
     ],
 )

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cluster.placement.bound import device_lower_bound
 from cluster.placement.problem import PlacementProblem
-from cluster.placement.solver import solve_placement, solve_spread
+from cluster.placement.solver import solve_placement
 from cluster.topology import Device, Topology, logical_devices
 from moe_bitnet.errors import PlacementError
 
@@ -75,7 +75,7 @@ def test_a_home_that_fills_its_device_holds_no_expert() -> None:
     problem = PlacementProblem(1, 2, 10, 25, Topology((Device("small", 20), Device("large", 25))))
     placement = solve_placement(problem)
     assert placement.device_names == ("large", "small")
-    assert placement.device_of_expert == ((1, 1),)
+    assert placement.devices_of_expert == (((1,), (1,)),)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -84,9 +84,9 @@ def test_spread_uses_exactly_the_devices_asked_for(problem: PlacementProblem, nu
     fewest = fewest_by_brute_force(problem)
     if fewest is None or not fewest <= num_devices <= problem.topology.num_devices:
         with pytest.raises(PlacementError):
-            solve_spread(problem, num_devices)
+            solve_placement(problem, num_devices=num_devices)
         return
-    placement = solve_spread(problem, num_devices)
+    placement = solve_placement(problem, num_devices=num_devices)
     assert placement.num_devices == num_devices
     placement.check(problem)
 
@@ -94,7 +94,7 @@ def test_spread_uses_exactly_the_devices_asked_for(problem: PlacementProblem, nu
 @pytest.mark.parametrize(("num_layers", "num_experts", "num_devices"), [(1, 1, 1), (3, 7, 2), (7, 33, 4), (2, 3, 5)])
 def test_equal_devices_share_each_layer_to_within_one(num_layers: int, num_experts: int, num_devices: int) -> None:
     problem = PlacementProblem(num_layers, num_experts, 10, 5, logical_devices(num_devices, 10_000))
-    placement = solve_spread(problem, num_devices)
+    placement = solve_placement(problem, num_devices=num_devices)
     totals = [0] * num_devices
     for layer_index in range(num_layers):
         counts = placement.num_experts_per_device(layer_index)
@@ -104,7 +104,7 @@ def test_equal_devices_share_each_layer_to_within_one(num_layers: int, num_exper
 
 
 def test_expert_ids_are_contiguous_in_each_layer() -> None:
-    placement = solve_spread(PlacementProblem(3, 7, 10, 5, logical_devices(3, 1000)), 3)
+    placement = solve_placement(PlacementProblem(3, 7, 10, 5, logical_devices(3, 1000)), num_devices=3)
     for layer_index in range(3):
         ids = [placement.expert_ids_on(device_index, layer_index) for device_index in range(3)]
         assert [expert_id for device_ids in ids for expert_id in device_ids] == list(range(7))
@@ -170,6 +170,6 @@ def test_spreading_over_impossible_numbers_is_refused() -> None:
     problem = PlacementProblem(2, 4, 10, 5, logical_devices(3, 45))
     for num_devices in (0, -1, 4, True, 2.0):
         with pytest.raises(PlacementError, match="1 to 3"):
-            solve_spread(problem, num_devices)  # type: ignore[arg-type]
+            solve_placement(problem, num_devices=num_devices)  # type: ignore[arg-type]
     with pytest.raises(PlacementError, match="at least 2"):
-        solve_spread(problem, 1)
+        solve_placement(problem, num_devices=1)

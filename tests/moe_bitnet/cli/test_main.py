@@ -155,10 +155,10 @@ def test_too_few_devices_are_an_error(run, capsys):
 def test_a_placement_of_ones_own_is_used(run, tmp_path, capsys):
     succeeds(capsys, "pack", "--run", run.path)
     own = tmp_path / "own.json"
-    own.write_text(json.dumps({"device_names": ["device-3", "device-0"], "device_of_expert": [[0, 1] * 4, [1] * 8]}))
+    own.write_text(json.dumps({"device_names": ["device-3", "device-0"], "devices_of_expert": [[0, 1] * 4, [1] * 8]}))
     place = succeeds(capsys, "place", "--run", run.path, *DEVICES, "--placement", own)
     assert place["ternary"]["num_devices"] == 2
-    own.write_text(json.dumps({"device_names": ["device-3"], "device_of_expert": [[0] * 8]}))
+    own.write_text(json.dumps({"device_names": ["device-3"], "devices_of_expert": [[0] * 8]}))
     assert "own.json" in fails(capsys, "place", "--run", run.path, *DEVICES, "--placement", own)
 
 

@@ -20,6 +20,7 @@ PUBLIC_NAMES = {
 
 FILES_THAT_IMPORT_RAY = {
     "cluster/actors.py",
+    "cluster/discovery.py",
     "cluster/page_tier.py",
     "cluster/runtime.py",
     "cluster/training/ray_trainer.py",

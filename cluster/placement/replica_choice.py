@@ -27,7 +27,10 @@ _OPEN = -2  # an expert with several live copies, none at home
 
 
 def choose_devices(
-    expert_indices: IntArray, devices_of_layer: Sequence[Sequence[int]], is_up: BoolArray, load: FloatArray
+    expert_indices: IntArray,
+    devices_of_layer: Sequence[Sequence[int]],
+    is_up: BoolArray,
+    load: FloatArray | None = None,
 ) -> IntArray:
     """Choose a device for every (token, expert) pair; for one layer called once.
 
@@ -38,7 +41,8 @@ def choose_devices(
         devices_of_layer: for each expert the devices that hold a copy, as in
             ``Placement.devices_of_expert[layer_index]``.
         is_up: ``[num_devices]``, whether a device answers.
-        load: ``[num_devices]``, (token, expert) pairs that each device has lately been given, in any weighting.
+        load: ``[num_devices]``, (token, expert) pairs that each device has lately been given, in any weighting;
+            none by default.
     Returns:
         ``[num_tokens, top_k]`` device indices; ``NO_DEVICE`` (-1) where no copy is on a live device.
     """
@@ -78,14 +82,18 @@ class ReplicaTable:
         self._seen_up = b""
         self._live = self._find_live(np.ones(num_devices, dtype=bool))
 
-    def choose(self, expert_indices: IntArray, is_up: BoolArray, load: FloatArray) -> IntArray:
-        """Choose a device for every pair; arguments and result as in :func:`choose_devices`."""
+    def choose(self, expert_indices: IntArray, is_up: BoolArray, load: FloatArray | None = None) -> IntArray:
+        """Choose a device for every pair; arguments and result as in :func:`choose_devices`.
+
+        Without ``load`` all devices were idle before this batch.
+        """
         up_now = is_up.tobytes()
         if up_now != self._seen_up:
             self._live, self._seen_up = self._find_live(is_up), up_now
         live = self._live
         if not live.has_choice:
             return live.decided[expert_indices]
+        load = np.zeros(self._num_devices) if load is None else load
         if len(expert_indices) == 1:
             return np.array([_choose_for_token(expert_indices[0].tolist(), live, load)], dtype=np.int64)
         return _choose_for_batch(expert_indices, live, load)

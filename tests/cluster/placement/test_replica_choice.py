@@ -54,6 +54,12 @@ def test_a_batch_does_not_rush_to_one_device() -> None:
     assert np.bincount(devices[:, 0], minlength=4).tolist() == [0, 20, 50, 30]
 
 
+def test_without_loads_all_devices_were_idle() -> None:
+    layer, choices = [[1, 2], [2, 1], [1]], np.array([[0, 1], [1, 2], [2, 0]])
+    plain = ReplicaTable(layer, 3).choose(choices, up(1, 1, 1))
+    assert np.array_equal(plain, choose_devices(choices, layer, up(1, 1, 1), np.zeros(3)))
+
+
 @pytest.mark.parametrize(
     ("loads", "num_pairs", "counts"),
     [([0.0], 5, [5]), ([3.0, 1.0], 1, [0, 1]), ([0.0, 0.0, 9.0], 5, [3, 2, 0]), ([4.0, 1.5, 0.0], 7, [0, 3, 4])],

@@ -1,6 +1,6 @@
 """Shapes of published models, from their config files."""
 
-from moe_bitnet.cli.planning.model_shape import ModelShape
+from moe_bitnet.cli.planning.model_shape import LatentAttention, ModelShape
 
 KNOWN_SHAPES = {
     "smollm2-135m": ModelShape(
@@ -26,5 +26,14 @@ KNOWN_SHAPES = {
     "qwen3-30b-a3b": ModelShape(
         vocab_size=151_936, hidden_size=2048, num_layers=48, num_heads=32, num_kv_heads=4, head_dim=128,
         intermediate_size=768, num_experts=128, top_k=8, max_seq_len=40_960,
+    ),
+    # without the layers that predict further tokens (MTP)
+    "deepseek-v3": ModelShape(
+        vocab_size=129_280, hidden_size=7168, num_layers=61, num_heads=128, num_kv_heads=128, head_dim=192,
+        intermediate_size=2048, num_experts=256, top_k=8, shared_intermediate_size=2048, num_dense_layers=3,
+        dense_intermediate_size=18_432, max_seq_len=163_840,
+        latent=LatentAttention(
+            query_latent_size=1536, kv_latent_size=512, rope_head_dim=64, plain_head_dim=128, value_head_dim=128,
+        ),
     ),
 }  # fmt: skip

@@ -125,8 +125,13 @@ def cache_config(shape: ModelShape, format_name: str) -> KVCacheConfig:
     """Return the cache of a model in one of ``CACHE_FORMATS``.
 
     Raises:
-        ConfigError: pages cannot hold heads of this size.
+        ConfigError: pages cannot hold heads of this size, or the model caches no keys and values of heads.
     """
+    if shape.latent is not None:
+        raise ConfigError(
+            f"the model caches latent vectors of {shape.latent.cached_size} values (MLA), not keys and values of "
+            f"heads, and pages cannot hold them. Supported are models such as LLaMA, Qwen3 and Mixtral."
+        )
     key_bits, value_bits = CACHE_FORMATS[format_name]
     return KVCacheConfig(shape.num_layers, shape.num_kv_heads, shape.head_dim, key_bits, value_bits)
 

@@ -7,6 +7,40 @@ WEIGHT_BITS: dict[str, float] = {"16": 16, "8": 8, "4": 4, "2bit": 2, "base3": 1
 
 
 @dataclass(frozen=True)
+class LatentAttention:
+    """Sizes of attention that caches one latent vector a token instead of keys and values (MLA).
+
+    Attributes:
+        query_latent_size: width that queries pass through; 0 if they do not.
+        kv_latent_size: width of the cached vector, without the part that carries positions.
+        rope_head_dim: cached values that carry positions, shared by all heads.
+        plain_head_dim: the rest of a query's or key's head.
+        value_head_dim: width of a value's head.
+
+    Source: DeepSeek-AI 2024, arXiv:2405.04434, section 2.1.
+    """
+
+    query_latent_size: int
+    kv_latent_size: int
+    rope_head_dim: int
+    plain_head_dim: int
+    value_head_dim: int
+
+    @property
+    def cached_size(self) -> int:
+        """Values cached a token and layer."""
+        return self.kv_latent_size + self.rope_head_dim
+
+    def num_weights(self, hidden_size: int, num_heads: int) -> int:
+        """Return the weights of a layer's projections."""
+        query_size = num_heads * (self.plain_head_dim + self.rope_head_dim)
+        query = (hidden_size + query_size) * self.query_latent_size or hidden_size * query_size
+        keys_and_values = self.kv_latent_size * num_heads * (self.plain_head_dim + self.value_head_dim)
+        output = num_heads * self.value_head_dim * hidden_size
+        return query + hidden_size * self.cached_size + keys_and_values + output
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of a decoder with full causal attention, dense or a mixture of experts.
 
@@ -26,6 +60,7 @@ class ModelShape:
         has_gate: the feed-forward layer has three matrices rather than two.
         has_tied_embeddings: the head is the embedding.
         max_seq_len: positions that the model was made for; 0 if unknown.
+        latent: sizes of latent attention; ``None`` if keys and values of heads are cached.
     """
 
     vocab_size: int
@@ -43,22 +78,43 @@ class ModelShape:
     has_gate: bool = True
     has_tied_embeddings: bool = False
     max_seq_len: int = 0
+    latent: LatentAttention | None = None
+
+    @property
+    def num_expert_layers(self) -> int:
+        """Layers that hold experts."""
+        return self.num_layers - self.num_dense_layers
+
+    @property
+    def num_matrices(self) -> int:
+        """Matrices of a feed-forward layer or expert."""
+        return 3 if self.has_gate else 2
+
+    @property
+    def num_attention_weights(self) -> int:
+        """Weights of one layer's projections."""
+        if self.latent is not None:
+            return self.latent.num_weights(self.hidden_size, self.num_heads)
+        return 2 * self.hidden_size * (self.num_heads + self.num_kv_heads) * self.head_dim
+
+    @property
+    def num_shared_weights(self) -> int:
+        """Weights in matrices that every token visits: projections, dense layers and shared experts."""
+        width = self.num_expert_layers * self.shared_intermediate_size
+        width += self.num_dense_layers * self.dense_intermediate_size
+        return self.num_layers * self.num_attention_weights + self.num_matrices * self.hidden_size * width
 
     @property
     def num_matrix_weights(self) -> int:
         """Weights of the layers' projections and experts."""
-        attention = 2 * self.hidden_size * (self.num_heads + self.num_kv_heads) * self.head_dim
-        num_matrices = 3 if self.has_gate else 2
-        expert_layers = self.num_layers - self.num_dense_layers
-        width = expert_layers * (self.num_experts * self.intermediate_size + self.shared_intermediate_size)
-        width += self.num_dense_layers * self.dense_intermediate_size
-        return self.num_layers * attention + num_matrices * self.hidden_size * width
+        expert = self.num_matrices * self.hidden_size * self.intermediate_size
+        return self.num_shared_weights + self.num_expert_layers * self.num_experts * expert
 
     @property
     def num_other_weights(self) -> int:
         """Weights of embedding, head, routers, and two norms a layer."""
         tables = (1 if self.has_tied_embeddings else 2) * self.vocab_size * self.hidden_size
-        routers = self.num_layers * self.num_experts * self.hidden_size if self.num_experts > 1 else 0
+        routers = self.num_expert_layers * self.num_experts * self.hidden_size if self.num_experts > 1 else 0
         return tables + routers + (2 * self.num_layers + 1) * self.hidden_size
 
     @property

@@ -21,11 +21,13 @@ class ModelSource:
         name: for people.
         shape: sizes.
         file_bytes: of the tensor files beside its config; 0 if there are none.
+        config: of a model of this project, whose tensors can be weighed exactly; ``None`` of others.
     """
 
     name: str
     shape: ModelShape
     file_bytes: int = 0
+    config: ModelConfig | None = None
 
     def weights(self, weight_bits: str | None) -> tuple[int, str]:
         """Return the bytes of the weights, and where that number is from.
@@ -40,12 +42,14 @@ class ModelSource:
         return self.shape.weight_bytes(weight_bits), "16 bits" if weight_bits == "16" else f"{bits}, tables 16 bits"
 
 
-def find_model(model: str) -> ModelSource:
+def find_model(model: str, has_cache: bool = True) -> ModelSource:
     """Look up a model.
 
     Args:
         model: a key of ``KNOWN_SHAPES``; or the path of a Hugging Face model folder, its ``config.json``, a checkpoint
-            of this project or a run folder (its 2-bit model, or the first other one there is).
+            of this project, its model config as a file, or a run folder (its 2-bit model, or the first other one
+            there is).
+        has_cache: whether tokens will be cached (:func:`shape_from_config`).
     Raises:
         ConfigError: nothing is there, or the model is not supported.
     """
@@ -55,8 +59,7 @@ def find_model(model: str) -> ModelSource:
     config_file = path if path.is_file() else _config_file(path)
     if config_file is None:
         raise ConfigError(
-            f"--model {model}: is neither a known name nor a folder with config.json. Names are "
-            f"{', '.join(KNOWN_SHAPES)}."
+            f"{model}: is neither a known name nor a folder with config.json. Names are {', '.join(KNOWN_SHAPES)}."
         )
     try:
         values = read_json(config_file)
@@ -68,9 +71,13 @@ def find_model(model: str) -> ModelSource:
     if values.get("format") == FORMAT:
         tensors = folder / TENSORS_NAME
         config = read_info(folder).config
-        return ModelSource(str(folder), _own_shape(config), tensors.stat().st_size if tensors.is_file() else 0)
+        file_bytes = tensors.stat().st_size if tensors.is_file() else 0
+        return ModelSource(str(folder), _own_shape(config), file_bytes, config)
+    if "num_layers" in values and "num_hidden_layers" not in values:  # our names: a config for training
+        config = ModelConfig.from_dict(values, str(config_file))
+        return ModelSource(str(config_file), _own_shape(config), config=config)
     file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return ModelSource(str(folder), shape_from_config(values, str(config_file)), file_bytes)
+    return ModelSource(str(folder), shape_from_config(values, str(config_file), has_cache), file_bytes)
 
 
 def _config_file(folder: Path) -> Path | None:

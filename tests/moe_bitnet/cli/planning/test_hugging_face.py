@@ -59,8 +59,48 @@ def test_dense_and_shared_parts_of_a_mixture_are_counted():
     shape = shape_from_config({**QWEN3_MOE, **sizes}, "c")
     assert (shape.num_dense_layers, shape.dense_intermediate_size, shape.shared_intermediate_size) == (3, 6144, 1536)
     plain = KNOWN_SHAPES["qwen3-30b-a3b"]
-    more = 3 * 2048 * (3 * (6144 - 128 * 768) + 45 * 2 * 768)
+    more = 3 * 2048 * (3 * (6144 - 128 * 768) + 45 * 2 * 768) - 3 * 128 * 2048  # dense layers have no router
     assert shape.num_weights == plain.num_weights + more
+
+
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 129_280,
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "intermediate_size": 18_432,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "max_position_embeddings": 163_840,
+}
+
+
+def test_latent_attention_has_sizes_of_its_own():
+    assert shape_from_config(DEEPSEEK_V3, "c") == KNOWN_SHAPES["deepseek-v3"]
+    lite = shape_from_config({**DEEPSEEK_V3, "q_lora_rank": None}, "c")
+    assert lite.num_attention_weights - KNOWN_SHAPES["deepseek-v3"].num_attention_weights == (
+        7168 * 128 * 192 - 1536 * (7168 + 128 * 192)
+    )
+    with pytest.raises(ConfigError, match="has no qk_rope_head_dim"):
+        shape_from_config({**DEEPSEEK_V3, "qk_rope_head_dim": None}, "c")
+
+
+def test_without_a_cache_it_does_not_matter_how_far_attention_sees():
+    mistral = {**LLAMA, "model_type": "mistral", "sliding_window": 4096}
+    assert shape_from_config(mistral, "c", has_cache=False) == KNOWN_SHAPES["llama-3-8b"]
+    with pytest.raises(ConfigError, match=r"jamba.*not all of its layers"):
+        shape_from_config({**LLAMA, "model_type": "jamba", "mamba_d_state": 16}, "c", has_cache=False)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +108,8 @@ def test_dense_and_shared_parts_of_a_mixture_are_counted():
     [
         ({"model_type": "mistral", "sliding_window": 4096}, "mistral is not supported.*sliding window.*4096"),
         ({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True}, "qwen2.*sliding window"),
-        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "deepseek_v3.*MLA"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "not all of its layers hold experts.*step=2"),
+        ({"model_type": "phi4", "v_head_dim": 64}, "phi4.*unequal sizes"),
         ({"model_type": "gpt_oss", "layer_types": ["sliding_attention", "full_attention"]}, "1 of its 2 layers are"),
         ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "gemma2.*caps"),
         ({"model_type": "jamba", "mamba_d_state": 16}, "jamba.*not all of its layers"),

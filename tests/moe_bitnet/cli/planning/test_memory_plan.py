@@ -107,5 +107,7 @@ def test_counts_are_checked(options):
 def test_a_memory_that_holds_no_cache_is_an_error():
     with pytest.raises(ConfigError, match=r"weights take 16\.06 GB"):
         plan_memory(KNOWN_SHAPES["llama-3-8b"], 16 * 10**9, KNOWN_SHAPES["llama-3-8b"].weight_bytes("16"))
+    with pytest.raises(ConfigError, match=r"latent vectors of 576 values \(MLA\)"):
+        plan_memory(KNOWN_SHAPES["deepseek-v3"], 10**13, 0)
     with pytest.raises(ConfigError, match="multiple of 16"):
         plan_memory(ModelShape(10, 20, 1, 1, 1, 20, 10), 10**6, 0)

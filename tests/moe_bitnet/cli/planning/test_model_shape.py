@@ -12,6 +12,7 @@ PUBLISHED_WEIGHTS = {
     "llama-3-70b": 70.55e9,
     "mixtral-8x7b": 46.7e9,
     "qwen3-30b-a3b": 30.53e9,
+    "deepseek-v3": 671.03e9,
 }
 
 
@@ -20,7 +21,7 @@ def test_known_shapes_have_as_many_weights_as_published(name):
     assert KNOWN_SHAPES[name].num_weights == pytest.approx(PUBLISHED_WEIGHTS[name], rel=2e-3)
 
 
-@pytest.mark.parametrize("name", KNOWN_SHAPES)
+@pytest.mark.parametrize("name", [name for name, shape in KNOWN_SHAPES.items() if shape.latent is None])
 def test_known_shapes_fit_our_own_model(name):
     shape = KNOWN_SHAPES[name]
     config = ModelConfig(

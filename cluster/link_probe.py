@@ -69,7 +69,8 @@ class LinkProbeServer:
         self._token = _checked(token)
         self._deadline = time.monotonic() + timeout_s
         try:
-            self._listener = socket.create_server((host, 0), backlog=MAX_CONNECTIONS)
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._listener = socket.create_server((host, 0), family=family, backlog=MAX_CONNECTIONS)
         except OSError as error:
             raise ClusterError(
                 f"link probe: cannot listen on {host} ({error}). Give an address of this host."

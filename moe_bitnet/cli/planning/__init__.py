@@ -1,1 +1,1 @@
-"""How many tokens of keys and values fit beside a model: shapes, weights, and the plan of a memory."""
+"""Plans by arithmetic: how many tokens fit beside a model in one memory, and how many devices its experts need."""

@@ -39,6 +39,8 @@ MAX_NODES_FOR_ALL_PAIRS = 8
 LINK_TIMEOUT_S = 5.0
 """For one pair of nodes."""
 
+_NODE_ID_LABEL = "ray.io/node-id"  # every node has it, with a value of its own
+
 
 @dataclass(frozen=True)
 class ClusterNode:
@@ -113,7 +115,8 @@ def alive_nodes(labels: Mapping[str, str] | None = None) -> list[ClusterNode]:
     alive = [node for node in ray.nodes() if node["Alive"]]
     chosen = [node for node in alive if wanted.items() <= node["Labels"].items()]
     if not chosen:
-        found = sorted({f"{key}={value}" for node in alive for key, value in node["Labels"].items()})
+        labels_found = {item for node in alive for item in node["Labels"].items() if item[0] != _NODE_ID_LABEL}
+        found = [f"{key}={value}" for key, value in sorted(labels_found)]
         raise ClusterError(
             f"no node carries the labels {', '.join(f'{key}={value}' for key, value in wanted.items())}. "
             f"The {len(alive)} nodes of the cluster have {', '.join(found) or 'none'}."

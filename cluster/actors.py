@@ -1,19 +1,78 @@
-"""Ray around the expert host: the actor, and the client that reaches it."""
+"""Ray around the expert host: the actor, and the handle by which its owner directs it.
+
+Rows do not come this way: a :class:`cluster.transport.server.FrameServer` answers them in a thread of the actor.
+"""
 
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.exceptions
+import torch
 
-from cluster.expert_host import ExpertHost, ExpertSlice
-from cluster.transport.row_format import CombineFormat
+from cluster.directory import Directory
+from cluster.expert_host import ExpertHost
+from cluster.expert_source import CheckpointSource
+from cluster.expert_store import ExpertSlice, ExpertStore, join_slices
+from cluster.machine import machine_id
+from cluster.transport.server import FrameServer
+from cluster.transport.sockets import HostAddress
 from moe_bitnet.config import ModelConfig
-from moe_bitnet.errors import ClusterError, MoEBitNetError
+from moe_bitnet.errors import HostDownError, MoEBitNetError
 from moe_bitnet.packing import Layout
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HostSettings:
+    """What a host is started with.
+
+    Attributes:
+        device_name: of its device.
+        usable_bytes: what its experts may fill.
+        config: shape and recipe of the model.
+        layout: how the experts are packed; ``None`` for float experts.
+        epoch: number of the plan that it follows.
+        heartbeat_s: see :class:`cluster.config.ClusterConfig`.
+        listens_to_network: whether other machines may connect, by the address that Ray knows this one by.
+        allowed_keys: public keys of the dispatchers on other machines.
+        num_sharers: processes that share the machine's cores; the host takes its part of them.
+    """
+
+    device_name: str
+    usable_bytes: int
+    config: ModelConfig
+    layout: Layout | None
+    epoch: int
+    heartbeat_s: float
+    listens_to_network: bool
+    allowed_keys: tuple[str, ...]
+    num_sharers: int = 1
+
+
+@dataclass(frozen=True)
+class LoadOrder:
+    """Experts of one layer that a host shall load, and from where.
+
+    Attributes:
+        layer_index: which MoE layer.
+        expert_ids: global ids, ascending.
+        source: a checkpoint, or references to :class:`ExpertSlice` objects that hold them, among others perhaps.
+    """
+
+    layer_index: int
+    expert_ids: tuple[int, ...]
+    source: CheckpointSource | tuple[Any, ...]
+
+    def fetch(self) -> ExpertSlice:
+        """Read the experts, in the process that is to hold them."""
+        if isinstance(self.source, CheckpointSource):
+            return self.source.slice(self.layer_index, self.expert_ids)
+        return join_slices(ray.get(list(self.source)), self.expert_ids)
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -24,77 +83,139 @@ class ExpertHostActor:
     Ray cannot give would make the creation wait for ever without a word.
     """
 
-    def __init__(
-        self,
-        device_name: str,
-        usable_bytes: int,
-        config: ModelConfig,
-        layout: Layout | None,
-        combine: CombineFormat = "float32",
-        epoch: int = 0,
-    ) -> None:
-        self._host = ExpertHost(device_name, usable_bytes, config, layout, combine, epoch)
+    def __init__(self, settings: HostSettings) -> None:
+        store = ExpertStore(settings.device_name, settings.usable_bytes, settings.config, settings.layout)
+        self._host = ExpertHost(store, settings.epoch)
+        self._directory: Directory | None = None
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // settings.num_sharers))
+        self._server = FrameServer(
+            settings.device_name,
+            self._host.answer,
+            self._host.limits.max_frame_bytes,
+            ray.util.get_node_ip_address() if settings.listens_to_network else None,
+            machine_id(),
+            settings.heartbeat_s,
+        )
+        for key in settings.allowed_keys:
+            self._server.allow(key)
+        self._server.start()
 
-    def load(self, slices: Sequence[ExpertSlice]) -> int:
-        """Take the experts of some layers; returns the bytes held."""
-        for experts in slices:
-            self._host.load(experts)
-        return self._host.held_bytes
+    def address(self) -> HostAddress:
+        """Return where the host listens."""
+        return self._server.address
 
-    def answer(self, frame: bytes) -> bytes:
-        """Run one dispatch frame; returns the combine frame."""
-        return self._host.answer(frame)
+    def process_id(self) -> int:
+        """Return the id of the host's process."""
+        return os.getpid()
+
+    def allow(self, public_key: str) -> None:
+        """Let one more dispatcher connect from another machine."""
+        self._server.allow(public_key)
+
+    def load(self, order: LoadOrder) -> int:
+        """Take experts beside those that are here; returns the bytes held."""
+        return self._host.store.load(order.fetch())
+
+    def expert_ids(self) -> dict[int, list[int]]:
+        """Return the experts held, by layer."""
+        return self._host.store.all_expert_ids()
+
+    def held_bytes(self) -> int:
+        """Return the bytes of all experts held."""
+        return self._host.store.held_bytes
+
+    def follow(self, directory: Directory) -> None:
+        """Follow one more plan, and tell it to dispatchers that ask."""
+        self._directory = directory
+        self._host.follow(directory.epoch)
+
+    def directory(self) -> Directory | None:
+        """Return the newest plan that this host was told."""
+        return self._directory
+
+    def leave_before(self, epoch: int, kept: Mapping[int, Sequence[int]]) -> int:
+        """Refuse older plans and keep only these experts (layer → ids); returns the bytes held."""
+        self._host.leave_before(epoch)
+        return self.keep_only(kept)
+
+    def keep_only(self, kept: Mapping[int, Sequence[int]]) -> int:
+        """Drop all experts but these (layer → ids); returns the bytes held."""
+        for layer_index, expert_ids in kept.items():
+            self._host.store.keep_only(layer_index, expert_ids)
+        return self._host.store.held_bytes
+
+    def stop(self) -> None:
+        """Close the sockets and remove their folder."""
+        self._server.stop()
 
 
-class RayHostClient:
-    """Reaches an :class:`ExpertHostActor` by actor calls.
+class RayHost:
+    """Directs one :class:`ExpertHostActor`.
 
     Args:
         actor: handle of the actor.
         device_name: for messages.
-        timeout_s: seconds to wait for an answer.
+        timeout_s: seconds to wait for what a call does.
     """
 
     def __init__(self, actor: Any, device_name: str, timeout_s: float) -> None:
-        self._actor = actor
-        self._device_name = device_name
+        self.actor = actor
+        self.device_name = device_name
         self.timeout_s = timeout_s
 
-    def send(self, frame: bytes) -> Callable[[], bytes]:
-        """Send a dispatch frame; the returned function waits for the combine frame."""
-        answer = self._actor.answer.remote(frame)
-        return lambda: self._wait(answer)
+    @classmethod
+    def start(cls, settings: HostSettings, timeout_s: float, node_id: str | None = None) -> "RayHost":
+        """Start a host without waiting for it.
 
-    def load(self, slices: Sequence[ExpertSlice]) -> Callable[[], int]:
-        """Send experts through the object store; the returned function waits and gives the bytes held."""
-        held = self._actor.load.remote(ray.put(slices))
-        return lambda: self._wait(held)
+        Args:
+            settings: of the host.
+            timeout_s: for this and later calls.
+            node_id: of the Ray node that has the device; ``None`` leaves it to Ray.
+        """
+        options: dict[str, Any] = {}
+        if node_id is not None:
+            strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False)
+            options["scheduling_strategy"] = strategy
+        # Ray's decorator turns the class into something that type checkers do not see
+        actor_class: Any = ExpertHostActor
+        return cls(actor_class.options(**options).remote(settings), settings.device_name, timeout_s)
+
+    def call(self, method: str, *arguments: Any) -> Callable[[], Any]:
+        """Call a method of the actor; the returned function waits for its result.
+
+        The returned function raises:
+            HostDownError: the host died or is too slow.
+            MoEBitNetError: whatever the host raised.
+        """
+        reference = getattr(self.actor, method).remote(*arguments)
+        return lambda: self._wait(reference)
+
+    def is_alive(self, timeout_s: float) -> bool:
+        """Whether the actor answers in time."""
+        try:
+            ray.get(self.actor.process_id.remote(), timeout=timeout_s)
+        except ray.exceptions.RayError:
+            return False
+        return True
 
     def kill(self) -> None:
         """End the actor's process at once; one that cannot be reached any more is logged, not raised."""
         try:
-            ray.kill(self._actor)
+            ray.kill(self.actor)
         except (ray.exceptions.RayError, ValueError, RuntimeError) as error:
-            logger.warning("host %s could not be ended: %s", self._device_name, error)
+            logger.warning("host %s could not be ended: %s", self.device_name, error)
 
     def _wait(self, reference: Any) -> Any:
         try:
             return ray.get(reference, timeout=self.timeout_s)
         except ray.exceptions.GetTimeoutError as error:
-            raise ClusterError(
-                f"host {self._device_name!r} did not answer within {self.timeout_s} s. "
-                f"Raise connect_timeout_s for loading or request_timeout_s for answers, or start the hosts again."
+            raise HostDownError(
+                f"host {self.device_name!r} did not start or load within {self.timeout_s} s. "
+                f"Raise connect_timeout_s, or look whether the cluster has room for it ('ray status')."
             ) from error
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, MoEBitNetError):
                 raise error.cause from None
             raise
         except ray.exceptions.RayError as error:  # the actor, its node or the answer is gone
-            raise ClusterError(f"host {self._device_name!r} died ({error}). Start the hosts again.") from error
-
-
-def start_actor(*arguments: Any) -> Any:
-    """Start an :class:`ExpertHostActor` with its arguments; returns its handle without waiting."""
-    # Ray's decorator turns the class into something that type checkers do not see
-    actor_class: Any = ExpertHostActor
-    return actor_class.remote(*arguments)
+            raise HostDownError(f"host {self.device_name!r} died ({error}). Start the hosts again.") from error

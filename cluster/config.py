@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import get_args
 
-from cluster.transport.row_format import CombineFormat, RowFormat
+from cluster.transport.row_format import Combine, CombineMode, RowFormat
 from moe_bitnet.errors import ConfigError
 
 
@@ -15,10 +15,17 @@ class ClusterConfig:
         address: address of a running Ray cluster, such as ``"10.0.0.1:6379"``; ``None`` starts a local Ray.
         num_cpus: CPUs that a local Ray may use; ``None`` lets Ray count them. Only with ``address=None``.
         connect_timeout_s: seconds to wait for Ray and for expert hosts to come up, above 0.
-        request_timeout_s: seconds to wait for one answer of an expert host, above 0.
+        request_timeout_s: seconds to wait for one answer of an expert host, above 0; a host that is slower counts as
+            down, and another copy of its experts is asked.
+        retry_after_s: seconds after which a host that was down is tried again, above 0.
+        heartbeat_s: a host that is silent for so long counts as down, above 0.
         dispatch: format of the rows on the way to the experts. ``"int8"`` sends what a ternary expert
             would quantize anyway, so it changes no bit of the result.
-        combine: format of the expert outputs on the way back; ``"float32"`` keeps every bit, ``"float16"`` rounds.
+        has_dedup: send a row once to each device; ``False``, once to each expert, is there to compare with.
+        combine: ``"partial_sums"``: a host sends one weighted sum a token, fewer bytes; ``"rows"``: one row a
+            (token, expert), summed at home in the order of one process.
+        combine_format: format of the rows on the way back. With ``"rows"`` and ``"float32"`` logits are those of one
+            process bit for bit; partial sums in float32 differ by the order of a sum.
 
     Raises:
         ConfigError: a value is not allowed; the message names it.
@@ -28,8 +35,12 @@ class ClusterConfig:
     num_cpus: int | None = None
     connect_timeout_s: float = 30.0
     request_timeout_s: float = 30.0
+    retry_after_s: float = 1.0
+    heartbeat_s: float = 0.6
     dispatch: RowFormat = "int8"
-    combine: CombineFormat = "float32"
+    has_dedup: bool = True
+    combine: CombineMode = "partial_sums"
+    combine_format: RowFormat = "float32"
 
     def __post_init__(self) -> None:
         if self.address is not None and (not isinstance(self.address, str) or not self.address.strip()):
@@ -37,14 +48,25 @@ class ClusterConfig:
                 f"ClusterConfig: address is {self.address!r}; give host:port, or None to start a local Ray."
             )
         self._check_num_cpus()
-        for name in ("connect_timeout_s", "request_timeout_s"):
+        for name in ("connect_timeout_s", "request_timeout_s", "retry_after_s", "heartbeat_s"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ConfigError(f"ClusterConfig: {name} is {value!r}; give a positive number of seconds.")
-        for name, allowed in (("dispatch", get_args(RowFormat)), ("combine", get_args(CombineFormat))):
+        for name, allowed in (
+            ("dispatch", get_args(RowFormat)),
+            ("has_dedup", (True, False)),
+            ("combine", get_args(CombineMode)),
+            ("combine_format", get_args(RowFormat)),
+        ):
             value = getattr(self, name)
             if value not in allowed:
-                raise ConfigError(f"ClusterConfig: {name} is {value!r}; allowed are {', '.join(allowed)}.")
+                names = ", ".join(str(each) for each in allowed)
+                raise ConfigError(f"ClusterConfig: {name} is {value!r}; allowed are {names}.")
+
+    @property
+    def returned(self) -> Combine:
+        """``combine`` and ``combine_format`` together."""
+        return Combine(self.combine, self.combine_format)
 
     def _check_num_cpus(self) -> None:
         if self.num_cpus is None:

@@ -1,186 +1,92 @@
-"""The experts of one device: a plain class that answers frames, whatever carries them.
+"""One device's expert host: a plain class that answers frames, whatever carries them.
 
 ::
 
-    dispatch frame ──► check plan, layer, experts, rows ──► rows sorted by expert ──► GroupedExperts ──► combine frame
+    dispatch frame ──► check plan, rows, experts ──► ExpertStore ──► rows, or weighted sums ──► combine frame
 
-It refuses weights that exceed its device's memory, and frames of another plan.
-An expert that it does not hold is an error, never skipped.
-
-All rows of an expert come to one host in the order in which the local executor
-has them, and no row's result depends on its neighbours: what comes out is what
-the local experts give, bit for bit.
+A host follows a plan, named by its epoch. While a new plan is being prepared it follows both; frames of any other are
+refused, so that a sender that missed a change cannot be answered by experts that have moved.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-import numpy as np
 import torch
-from torch import Tensor
 
-from cluster.transport.codec import decode_dispatch, encode
-from cluster.transport.frames import CombineFrame, DispatchFrame
+from cluster.expert_store import ExpertStore
+from cluster.partial_sums import sum_pairs, to_format
+from cluster.transport.codec import Buffer, decode, encode
+from cluster.transport.frames import CombineFrame, DispatchFrame, ProbeFrame
 from cluster.transport.header import FrameLimits
-from cluster.transport.row_format import CombineFormat
-from moe_bitnet.config import ModelConfig
-from moe_bitnet.errors import ClusterError, PlacementError
-from moe_bitnet.experts import ExpertInput, GroupedExperts, build_experts
-from moe_bitnet.packed_module import arrange_weights
-from moe_bitnet.packing import Layout
-
-_COMBINE_DTYPES: dict[CombineFormat, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class ExpertSlice:
-    """The experts of one layer that one device holds.
-
-    Attributes:
-        layer_index: which MoE layer.
-        expert_ids: global ids, ascending.
-        tensors: the state of a :class:`moe_bitnet.experts.GroupedExperts` with these experts alone, as arrays.
-    """
-
-    layer_index: int
-    expert_ids: list[int]
-    tensors: Mapping[str, np.ndarray]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(array.nbytes for array in self.tensors.values())
+from moe_bitnet.errors import ClusterError, FrameError, StalePlanError
+from moe_bitnet.experts import ExpertInput
 
 
 class ExpertHost:
-    """Holds experts of many layers for one device and runs them on rows that arrive.
+    """Runs the experts of a store on rows that arrive.
 
     Args:
-        device_name: for messages.
-        usable_bytes: what the experts may fill.
-        config: shape and recipe of the model.
-        layout: how the experts are packed; ``None`` for float experts.
-        combine: format of the rows on the way back.
+        store: the experts of this device.
         epoch: number of the plan that this host follows.
     """
 
-    def __init__(
-        self,
-        device_name: str,
-        usable_bytes: int,
-        config: ModelConfig,
-        layout: Layout | None,
-        combine: CombineFormat = "float32",
-        epoch: int = 0,
-    ) -> None:
-        self._device_name = device_name
-        self._usable_bytes = usable_bytes
-        self._config = config
-        self._layout: Layout | None = layout
-        self._combine_dtype = _COMBINE_DTYPES[combine]
-        self._epoch = epoch
-        self._layers: dict[int, tuple[GroupedExperts, Tensor]] = {}
-        self._limits = FrameLimits(max_hidden_size=config.hidden_size)
-        self.held_bytes = 0
+    def __init__(self, store: ExpertStore, epoch: int = 0) -> None:
+        self.store = store
+        self._epochs = frozenset((epoch,))
+        self.limits = FrameLimits(max_hidden_size=store.config.hidden_size)
 
-    def load(self, experts: ExpertSlice) -> int:
-        """Take the experts of one layer.
+    @property
+    def epoch(self) -> int:
+        """The newest plan that this host follows."""
+        return max(self._epochs)
 
-        Returns:
-            bytes held by this host afterwards.
-        Raises:
-            PlacementError: they do not fit into the device's memory; nothing is loaded.
-            ClusterError: experts of this layer are here already.
-        """
-        if experts.layer_index in self._layers:
-            raise ClusterError(
-                f"host {self._device_name!r} holds experts of layer {experts.layer_index} already. "
-                f"Send all experts of a layer at once."
-            )
-        if self.held_bytes + experts.num_bytes > self._usable_bytes:
-            missing = self.held_bytes + experts.num_bytes - self._usable_bytes
-            raise PlacementError(
-                f"host {self._device_name!r} holds {self.held_bytes} of {self._usable_bytes} bytes and was asked to "
-                f"load {experts.num_bytes} more: {missing} bytes are missing. Place fewer experts on this device."
-            )
-        with torch.device("meta"):
-            module = build_experts(self._config, len(experts.expert_ids), self._layout)
-        # copied, because arrays from Ray's object store are read-only views
-        state = {name: torch.from_numpy(array.copy()) for name, array in experts.tensors.items()}
-        module.load_state_dict(state, assign=True)
-        del state
-        arrange_weights(module)
-        self._layers[experts.layer_index] = (module.eval(), torch.tensor(experts.expert_ids, dtype=torch.int32))
-        self.held_bytes += experts.num_bytes
-        return self.held_bytes
+    def follow(self, epoch: int) -> None:
+        """Follow one more plan; its experts must be loaded."""
+        self._epochs |= {epoch}
+
+    def leave_before(self, epoch: int) -> None:
+        """Refuse the frames of all plans before ``epoch``."""
+        self._epochs = frozenset(each for each in self._epochs if each >= epoch)
 
     @torch.inference_mode()
-    def answer(self, buffer: bytes) -> bytes:
-        """Run one dispatch frame and return the combine frame.
+    def answer(self, buffer: Buffer) -> bytes:
+        """Run one frame and return the answer to it.
 
         Raises:
-            ClusterError: the frame is damaged, follows another plan, asks for an expert that is not here,
-                or its rows are none that this model's experts take.
+            FrameError: the bytes are no frame that a host takes.
+            StalePlanError: the frame follows another plan.
+            ClusterError: it asks for an expert that is not here, or its rows are none that the experts take.
         """
-        frame = decode_dispatch(buffer, self._limits)
-        if frame.epoch != self._epoch:
-            raise ClusterError(
-                f"host {self._device_name!r} follows plan {self._epoch}, the frame follows plan {frame.epoch}. "
-                f"Send it again to the host of the current plan."
+        received = decode(buffer, self.limits)
+        frame = received.frame
+        if isinstance(frame, ProbeFrame):
+            return encode(ProbeFrame(self.epoch), received.request_id)
+        if not isinstance(frame, DispatchFrame):
+            raise FrameError("frame refused: a host takes dispatch and probe frames alone. The sender is at fault.")
+        if frame.epoch not in self._epochs:
+            raise StalePlanError(
+                f"host {self.store.device_name!r} follows plan {self.epoch}, the frame follows plan {frame.epoch}. "
+                f"Send it again by the current plan."
             )
-        experts, local_expert_indices = self._find_experts(frame)
-        rows = self._prepare(experts, frame).take(frame.row_indices.long())
-        outputs = _run_pairs(experts, rows, local_expert_indices).to(self._combine_dtype)
-        return encode(CombineFrame(frame.layer_index, self._epoch, outputs))
+        return encode(self._run(frame), received.request_id)
 
-    def _find_experts(self, frame: DispatchFrame) -> tuple[GroupedExperts, Tensor]:
-        """Return the layer's experts and, for each of the frame's pairs, the index of its expert among them."""
-        if frame.layer_index not in self._layers:
-            raise ClusterError(f"host {self._device_name!r} holds no expert of layer {frame.layer_index}.")
-        experts, held_ids = self._layers[frame.layer_index]
-        is_held = torch.isin(frame.expert_ids, held_ids)
-        if not bool(is_held.all()):
-            missing = sorted(set(frame.expert_ids[~is_held].tolist()))
-            raise ClusterError(
-                f"host {self._device_name!r} does not hold expert {missing[0]} of layer {frame.layer_index}; "
-                f"it holds {held_ids.tolist()}. The sender follows another placement."
-            )
-        return experts, torch.searchsorted(held_ids, frame.expert_ids)
+    def _run(self, frame: DispatchFrame) -> CombineFrame:
+        rows = self._prepare(frame)
+        outputs = self.store.compute(frame.layer_index, rows, frame.pairs_per_row, frame.expert_ids)
+        if frame.expert_weights is not None:
+            outputs = sum_pairs(outputs, frame.expert_weights, frame.pairs_per_row)
+        values, scales = to_format(outputs, frame.combine)
+        return CombineFrame(frame.layer_index, frame.epoch, values, scales)
 
-    def _prepare(self, experts: GroupedExperts, frame: DispatchFrame) -> ExpertInput:
+    def _prepare(self, frame: DispatchFrame) -> ExpertInput:
         """Return the frame's rows as the experts take them; float rows for ternary experts are quantized here."""
-        hidden_size = self._config.hidden_size
-        if frame.rows.shape[1] != hidden_size:
+        name, config = self.store.device_name, self.store.config
+        if frame.rows.shape[1] != config.hidden_size:
             raise ClusterError(
-                f"host {self._device_name!r} serves a model with hidden_size {hidden_size}, the frame has rows of "
+                f"host {name!r} serves a model with hidden_size {config.hidden_size}, the frame has rows of "
                 f"{frame.rows.shape[1]}. The sender runs another model."
             )
         if frame.scales is None:
-            return experts.prepare(frame.rows.float())
-        if not self._config.is_ternary:
+            return self.store.prepare(frame.rows.float())
+        if not config.is_ternary:
             raise ClusterError(
-                f"host {self._device_name!r} holds float experts, which take no int8 rows. "
-                f"Dispatch in float16 or float32."
+                f"host {name!r} holds float experts, which take no int8 rows. Dispatch in float16 or float32."
             )
         return ExpertInput(frame.rows, frame.scales)
-
-
-def _run_pairs(experts: GroupedExperts, rows: ExpertInput, local_expert_indices: Tensor) -> Tensor:
-    """Run each row ``[m, H]`` through its expert (int64 ``[m]``, ascending); returns float32 ``[m, H]``."""
-    if not len(local_expert_indices):
-        return torch.empty(rows.rows.shape)
-    expert_offsets = torch.searchsorted(local_expert_indices, torch.arange(experts.num_experts + 1))
-    return experts.compute(rows, expert_offsets)
-
-
-def slice_experts(experts: GroupedExperts, layer_index: int, expert_ids: list[int]) -> ExpertSlice:
-    """Copy some experts of a layer into a form that travels.
-
-    Args:
-        experts: all experts of the layer.
-        layer_index: which layer it is.
-        expert_ids: which experts, ascending.
-    """
-    index = torch.tensor(expert_ids, dtype=torch.int64)
-    tensors = {name: tensor.detach()[index].numpy() for name, tensor in experts.state_dict().items()}
-    return ExpertSlice(layer_index, expert_ids, tensors)

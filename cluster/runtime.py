@@ -13,40 +13,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 
-from cluster.actors import RayHostClient, start_actor
 from cluster.config import ClusterConfig
-from cluster.expert_host import ExpertSlice, slice_experts
+from cluster.expert_cluster import ExpertCluster, OnProgress
+from cluster.expert_source import CheckpointSource
 from cluster.placement.placement import Placement
 from cluster.placement.problem import PlacementProblem
-from cluster.remote_experts import RemoteExperts
-from cluster.transport.meter import TrafficMeter
-from moe_bitnet.checkpoint.pack import model_layout
 from moe_bitnet.errors import ClusterError, ConfigError, PlacementError
-from moe_bitnet.experts import GroupedExperts
-from moe_bitnet.model import Block, MoETransformer
+from moe_bitnet.model import MoETransformer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ExpertHosts:
-    """Running hosts.
-
-    Attributes:
-        executors: one for each MoE layer, for ``model.replace_experts``.
-        meter: bytes that the executors send and receive.
-        held_bytes: expert bytes on each device, in the placement's order.
-    """
-
-    executors: list[RemoteExperts]
-    meter: TrafficMeter
-    held_bytes: list[int]
 
 
 @contextmanager
@@ -103,54 +84,38 @@ def start_expert_hosts(
     problem: PlacementProblem,
     placement: Placement,
     config: ClusterConfig | None = None,
-    on_host_ready: Callable[[str, int], None] | None = None,
-) -> Iterator[ExpertHosts]:
-    """Start one Ray actor for each device of a placement and load its experts.
+    checkpoint: Path | str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Iterator[ExpertCluster]:
+    """Start one Ray actor for each device of a placement but the home, and load its experts.
 
     Args:
-        model: on the CPU, with its experts in place: they are copied to the hosts.
+        model: on the CPU, with its experts in place; those at home stay in this process.
         problem: what was placed; gives the memory of each device.
-        placement: device of every expert.
-        config: row formats and timeouts.
-        on_host_ready: called with a device's name and the bytes it holds, as each host becomes ready.
+        placement: devices of every expert.
+        config: row formats and time-outs.
+        checkpoint: folder of this model from which the hosts read their experts; the path must mean the same on
+            every machine. Without it experts travel through Ray's object store.
+        on_progress: called with a device's name, and the bytes of experts loaded so far and in all.
     Yields:
-        the running hosts; they end with the block.
+        the running hosts, with one executor for each MoE layer for ``model.replace_experts``; they end with the block.
     Raises:
         PlacementError: the placement does not fit the devices, or is one of another model.
         ConfigError: the experts do not take rows in the format ``config.dispatch``.
         ClusterError: Ray is not connected, the model's experts are elsewhere, or a host does not start in time.
+        CheckpointError: the checkpoint is none.
     """
     config = config or ClusterConfig()
     placement.check(problem)
     _check_model(model, placement, config)
+    source = None if checkpoint is None else CheckpointSource.of(checkpoint)
     if not ray.is_initialized():  # else Ray would start a cluster of its own accord
         raise ClusterError("start_expert_hosts: Ray is not connected. Call it inside 'with connect(...)'.")
-    usable = {device.name: device.usable_bytes for device in problem.topology.devices}
-    layout = model_layout(model)
-    clients: list[RayHostClient] = []
+    hosts = ExpertCluster(model, problem, placement, config, source, on_progress)
     try:
-        for device_index, name in enumerate(placement.device_names):
-            room = usable[name] - (problem.home_bytes if device_index == 0 else 0)
-            actor = start_actor(name, room, model.config, layout, config.combine)
-            clients.append(RayHostClient(actor, name, config.connect_timeout_s))
-        loading = [client.load(_slices(model, placement, index)) for index, client in enumerate(clients)]
-        held_bytes = []
-        for name, wait in zip(placement.device_names, loading, strict=True):
-            held_bytes.append(wait())
-            logger.info("host %s is ready with %d expert bytes", name, held_bytes[-1])
-            if on_host_ready is not None:
-                on_host_ready(name, held_bytes[-1])
-        for client in clients:
-            client.timeout_s = config.request_timeout_s
-        meter = TrafficMeter()
-        executors = [
-            RemoteExperts(layer_index, placement, clients, meter, config.dispatch)
-            for layer_index in range(placement.num_layers)
-        ]
-        yield ExpertHosts(executors, meter, held_bytes)
+        yield hosts
     finally:
-        for client in clients:
-            client.kill()
+        hosts.close()
 
 
 def _check_model(model: MoETransformer, placement: Placement, config: ClusterConfig) -> None:
@@ -164,21 +129,6 @@ def _check_model(model: MoETransformer, placement: Placement, config: ClusterCon
             "dispatch is 'int8', but the experts of this model are float and take no int8 rows. "
             "Set dispatch to 'float32' (exact) or 'float16'."
         )
-
-
-def _slices(model: MoETransformer, placement: Placement, device_index: int) -> list[ExpertSlice]:
-    slices: list[ExpertSlice] = []
-    for layer_index, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        experts = block.moe.experts
-        if not isinstance(experts, GroupedExperts):
-            raise ClusterError(
-                "start_expert_hosts: the experts of this model run elsewhere already. Load the model again."
-            )
-        expert_ids = placement.expert_ids_on(device_index, layer_index)
-        if expert_ids:
-            slices.append(slice_experts(experts, layer_index, expert_ids))
-    return slices
 
 
 def _check_address(address: str, timeout_s: float) -> None:

@@ -13,6 +13,9 @@ line prints the message alone and exits with code 2; a bug raises anything else.
     ├── CacheFullError    no page is free in the KV cache
     ├── PlacementError    experts that do not fit on the devices
     └── ClusterError      Ray or an expert host that does not answer
+        ├── FrameError        bytes from a peer that break the protocol
+        ├── StalePlanError    a frame of a plan that is no longer, or not yet, followed
+        └── HostDownError     an expert host that died, cannot be reached or is too slow
 """
 
 
@@ -58,3 +61,15 @@ class PlacementError(MoEBitNetError):
 
 class ClusterError(MoEBitNetError):
     """Ray or an expert host does not answer, or refused a request."""
+
+
+class FrameError(ClusterError):
+    """A peer sent bytes that break the protocol; its connection is dropped."""
+
+
+class StalePlanError(ClusterError):
+    """A frame follows a plan that its receiver does not follow."""
+
+
+class HostDownError(ClusterError):
+    """An expert host died, cannot be reached, or did not answer in time."""

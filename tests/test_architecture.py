@@ -22,7 +22,10 @@ FILES_THAT_IMPORT_RAY = {
     "cluster/actors.py",
     "cluster/discovery.py",
     "cluster/page_tier.py",
+    "cluster/expert_cluster.py",
+    "cluster/ray_metrics.py",
     "cluster/runtime.py",
+    "cluster/shelf.py",
     "cluster/training/ray_trainer.py",
 }
 

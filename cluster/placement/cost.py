@@ -10,31 +10,32 @@ if every set of k experts is equally likely. A routing gives both by counting. T
 
     dispatch payload   visits · row with deduplication (a row travels once to a device), else pairs · row
     combine payload    pairs · row for "rows" (home sums, bit for bit as on one device),
-                       visits · row for "partial_sums" (a host weighs and sums its experts' outputs)
-    metadata           pairs · 8: int32 expert id and row index; for partial sums 4 more, the float32 weight
+                       visits · row for "partial_sums" with deduplication (a host weighs and sums its experts' outputs)
+    metadata           1 for each row sent, how many experts work on it; 2 for each pair, the expert's uint16 id;
+                       for partial sums 4 more, its float32 weight
 
 A row is 4H, 2H or, for int8 with its float32 scale, H + 4 bytes. These are the payload and metadata of
 :mod:`cluster.transport.frames`. Not counted: one frame header (``HEADER_BYTES``) for each frame, at most two
-frames for each device, layer and step; and TCP/IP headers. Training sends everything twice.
-
-"partial_sums" is a model for comparison; the frames of this package carry rows.
+frames for each device, layer and step; the transport's framing; and TCP/IP headers. Training sends everything twice.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cluster.placement.placement import Placement
-from cluster.transport.row_format import EXPERT_METADATA_BYTES, RowFormat, row_bytes
+from cluster.transport.row_format import (
+    ROW_METADATA_BYTES,
+    Combine,
+    CombineMode,
+    RowFormat,
+    pair_metadata_bytes,
+    row_bytes,
+)
 from moe_bitnet.errors import ConfigError, ShapeError
-
-CombineMode = Literal["rows", "partial_sums"]
-
-_WEIGHT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class TrafficBytes:
     Attributes:
         dispatch_payload_bytes: rows and scales from home to experts.
         combine_payload_bytes: expert outputs from experts to home.
-        metadata_bytes: expert ids, row indices and, for partial sums, expert weights.
+        metadata_bytes: expert ids, experts a row and, for partial sums, expert weights.
     """
 
     dispatch_payload_bytes: float
@@ -82,9 +83,8 @@ def bytes_per_token(
     top_k: int,
     hidden_size: int,
     dispatch_row: RowFormat,
-    combine_row: RowFormat,
+    combine: Combine,
     has_dedup: bool = True,
-    combine: CombineMode = "rows",
 ) -> TrafficBytes:
     """Predict the bytes of one token in one layer under uniform routing.
 
@@ -93,19 +93,18 @@ def bytes_per_token(
         top_k: K, experts that a token visits.
         hidden_size: H, values in a row.
         dispatch_row: format of rows on the way to experts.
-        combine_row: format of rows on the way home; int8 counts a scale.
+        combine: what comes home, and in which format.
         has_dedup: send a row once to each device instead of once to each expert.
-        combine: what comes home; ``"partial_sums"`` needs ``has_dedup``.
     Raises:
-        ConfigError: impossible ``top_k``, an unknown format, or partial sums without deduplication.
+        ConfigError: impossible ``top_k``, or an unknown format.
     """
     return _traffic(
         num_pairs=copies_per_token(num_experts_per_device, top_k, has_dedup=False),
         num_visits=copies_per_token(num_experts_per_device, top_k, has_dedup=True),
         dispatch_row_bytes=row_bytes(hidden_size, dispatch_row),
-        combine_row_bytes=row_bytes(hidden_size, combine_row),
+        combine_row_bytes=row_bytes(hidden_size, combine.row_format),
         has_dedup=has_dedup,
-        combine=combine,
+        mode=combine.mode,
     )
 
 
@@ -114,9 +113,8 @@ def expected_bytes_per_token(
     top_k: int,
     hidden_size: int,
     dispatch_row: RowFormat,
-    combine_row: RowFormat,
+    combine: Combine,
     has_dedup: bool = True,
-    combine: CombineMode = "rows",
 ) -> TrafficBytes:
     """Predict the bytes of one token in all layers of a placement; arguments as in :func:`bytes_per_token`.
 
@@ -128,9 +126,8 @@ def expected_bytes_per_token(
             top_k,
             hidden_size,
             dispatch_row,
-            combine_row,
-            has_dedup,
             combine,
+            has_dedup,
         )
         for layer_index in range(placement.num_layers)
     ]
@@ -147,9 +144,8 @@ def routed_bytes(
     layer_index: int,
     hidden_size: int,
     dispatch_row: RowFormat,
-    combine_row: RowFormat,
+    combine: Combine,
     has_dedup: bool = True,
-    combine: CombineMode = "rows",
 ) -> TrafficBytes:
     """Count the bytes of all tokens of an actual routing in one layer, exactly, if all visit primary copies.
 
@@ -159,14 +155,13 @@ def routed_bytes(
         layer_index: MoE layer of the routing.
         hidden_size: H, values in a row.
         dispatch_row: format of rows on the way to experts.
-        combine_row: format of rows on the way home.
+        combine: what comes home, and in which format.
         has_dedup: send a row once to each device instead of once to each expert.
-        combine: what comes home; ``"partial_sums"`` needs ``has_dedup``.
     Returns:
         Integers; divide by ``num_tokens`` to compare with :func:`bytes_per_token`.
     Raises:
         ShapeError: ``expert_indices`` is no integer matrix, or names an expert that does not exist.
-        ConfigError: an unknown format, or partial sums without deduplication.
+        ConfigError: an unknown format.
     """
     num_experts = placement.num_experts
     if expert_indices.dim() != 2 or expert_indices.is_floating_point():
@@ -183,9 +178,9 @@ def routed_bytes(
         num_pairs=int((devices != 0).sum()),
         num_visits=int(is_visited[:, 1:].sum()),
         dispatch_row_bytes=row_bytes(hidden_size, dispatch_row),
-        combine_row_bytes=row_bytes(hidden_size, combine_row),
+        combine_row_bytes=row_bytes(hidden_size, combine.row_format),
         has_dedup=has_dedup,
-        combine=combine,
+        mode=combine.mode,
     )
 
 
@@ -195,18 +190,11 @@ def _traffic(
     dispatch_row_bytes: int,
     combine_row_bytes: int,
     has_dedup: bool,
-    combine: CombineMode,
+    mode: CombineMode,
 ) -> TrafficBytes:
-    if combine not in ("rows", "partial_sums"):
-        raise ConfigError(f"combine is {combine!r}; allowed are rows and partial_sums.")
-    if combine == "partial_sums" and not has_dedup:
-        raise ConfigError(
-            "combine is 'partial_sums' without deduplication: a host cannot tell which rows belong to one token. "
-            "Set has_dedup, or use combine='rows'."
-        )
-    metadata_per_pair = EXPERT_METADATA_BYTES + (_WEIGHT_BYTES if combine == "partial_sums" else 0)
+    num_rows = num_visits if has_dedup else num_pairs
     return TrafficBytes(
-        dispatch_payload_bytes=(num_visits if has_dedup else num_pairs) * dispatch_row_bytes,
-        combine_payload_bytes=(num_pairs if combine == "rows" else num_visits) * combine_row_bytes,
-        metadata_bytes=num_pairs * metadata_per_pair,
+        dispatch_payload_bytes=num_rows * dispatch_row_bytes,
+        combine_payload_bytes=(num_pairs if mode == "rows" else num_rows) * combine_row_bytes,
+        metadata_bytes=num_rows * ROW_METADATA_BYTES + num_pairs * pair_metadata_bytes(mode),
     )

@@ -1,67 +1,97 @@
 """Frames to bytes and back: fixed layout, no pickle, every size checked before use.
 
-    dispatch   header | expert_ids int32 [m] | row_indices int32 [m] | scales float32 [n] (int8 only) | rows [n, H]
-    combine    header | rows [n, H]
+    dispatch   header | expert weights float32 [m] (sums only) | scales float32 [n] (int8 only)
+                      | expert ids uint16 [m, and a zero if m is odd] | rows [n, H] | experts a row uint8 [n]
+    combine    header | scales float32 [n] (int8 only) | rows [n, H]
+    refusal    header | message, UTF-8
+    probe      header
 
-All fields are little endian, and so must the host be: the body is copied from and
-viewed as tensors without swapping bytes. Parts of four-byte values come first, so
-every part is aligned in a buffer that is itself aligned.
+All fields are little endian, and so must the host be: the body is copied from and viewed as tensors without swapping
+bytes. Wide parts come first, so every part is aligned in a buffer that is itself aligned.
 """
 
+import itertools
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cluster.transport.frames import HEADER_BYTES, CombineFrame, DispatchFrame
+from cluster.transport.frames import (
+    HEADER_BYTES,
+    CombineFrame,
+    DispatchFrame,
+    ProbeFrame,
+    RefusalFrame,
+)
 from cluster.transport.header import (
+    MAX_MESSAGE_BYTES,
     FrameHeader,
-    FrameKind,
     FrameLimits,
     pack_checksum,
     pack_fields,
     read_header,
     unpack_checksum,
 )
-from cluster.transport.row_format import RowFormat
-from moe_bitnet.errors import ClusterError, ShapeError
+from cluster.transport.row_format import Combine, RowFormat
+from moe_bitnet.errors import FrameError, ShapeError
 
-_DTYPES: dict[RowFormat, torch.dtype] = {"int8": torch.int8, "float16": torch.float16, "float32": torch.float32}
+Frame = DispatchFrame | CombineFrame | RefusalFrame | ProbeFrame
+Buffer = bytes | bytearray | memoryview
+Bytes = npt.NDArray[np.uint8]
+
+_DTYPES: dict[RowFormat, type[np.generic]] = {
+    "int8": np.int8,
+    "float16": np.float16,
+    "bfloat16": np.int16,  # NumPy has no bfloat16; its 16 bits travel unchanged
+    "float32": np.float32,
+}
 
 
-def encode(frame: DispatchFrame | CombineFrame) -> bytes:
+@dataclass(frozen=True, eq=False)
+class Received:
+    """A frame that arrived.
+
+    Attributes:
+        frame: what it says.
+        request_id: of the request that it is, or answers.
+    """
+
+    frame: Frame
+    request_id: int
+
+
+def encode(frame: Frame, request_id: int = 0) -> bytes:
     """Write a frame as bytes.
 
     Args:
-        frame: tensors on any device, strided in any way.
+        frame: rows, scales and weights on any device, ids and counts on the CPU; strided in any way.
+        request_id: 0 to 2**32 - 1; an answer repeats that of its request.
     Returns:
-        Header and body; the body is ``payload_bytes(frame) + metadata_bytes(frame)`` long.
-    Raises:
-        ShapeError: expert ids are negative or not ascending, or a row index names no row.
+        Header and body.
     """
-    num_rows, hidden_size = frame.rows.shape
     if isinstance(frame, DispatchFrame):
-        problem = _pair_problem(frame.expert_ids, frame.row_indices, num_rows)
-        if problem is not None:
-            raise ShapeError(f"encode: {problem}. Sort the pairs by expert and index the frame's own rows.")
-        kind: FrameKind = "dispatch"
-        num_pairs = len(frame.expert_ids)
-        tensors = [frame.expert_ids, frame.row_indices, *([] if frame.scales is None else [frame.scales]), frame.rows]
-    else:
-        kind, num_pairs, tensors = "combine", 0, [frame.rows]
-    fields = pack_fields(
-        FrameHeader(kind, frame.row_format, frame.layer_index, frame.epoch, num_rows, hidden_size, num_pairs)
-    )
-    body = [_bytes_of(tensor) for tensor in tensors]
-    checksum = zlib.crc32(fields)
-    for part in body:
-        checksum = zlib.crc32(part, checksum)
-    return b"".join([fields, pack_checksum(checksum), *body])
+        return _join(_dispatch_header(frame, request_id), _dispatch_parts(frame))
+    if isinstance(frame, CombineFrame):
+        num_rows, hidden_size = frame.rows.shape
+        header = FrameHeader(
+            "combine", frame.row_format, None, frame.layer_index, hidden_size, frame.epoch, request_id, num_rows, 0
+        )
+        scales = [] if frame.scales is None else [_bytes_of(frame.scales)]
+        return _join(header, [*scales, _bytes_of(frame.rows)])
+    if isinstance(frame, RefusalFrame):
+        message = frame.message.encode(errors="replace")[:MAX_MESSAGE_BYTES]
+        header = FrameHeader("refusal", "int8", frame.reason, 0, 0, frame.epoch, request_id, 0, len(message))
+        return _join(header, [message])
+    return _join(FrameHeader("probe", "int8", None, 0, 0, frame.epoch, request_id, 0, 0), [])
 
 
-def decode_dispatch(buffer: bytes | bytearray | memoryview, limits: FrameLimits) -> DispatchFrame:
-    """Read a dispatch frame.
+def decode(buffer: Buffer, limits: FrameLimits) -> Received:
+    """Read a frame of any kind.
 
     Args:
         buffer: one whole frame, contiguous. A writable buffer aligned to four bytes (a ``bytearray``) is viewed,
@@ -70,81 +100,106 @@ def decode_dispatch(buffer: bytes | bytearray | memoryview, limits: FrameLimits)
     Returns:
         The frame, on the CPU. Which experts and layers exist is for the receiver to check.
     Raises:
-        ClusterError: the buffer is truncated, oversized, altered or no dispatch frame.
+        FrameError: the buffer is truncated, oversized, altered or no frame.
     """
-    header, body = _open(buffer, "dispatch", limits)
-    num_rows, num_pairs = header.num_rows, header.num_pairs
-    id_bytes = 4 * num_pairs
-    scale_bytes = 4 * num_rows if header.row_format == "int8" else 0
-    ids, indices, scale_part, row_part = torch.split(
-        body, [id_bytes, id_bytes, scale_bytes, len(body) - 2 * id_bytes - scale_bytes]
-    )
-    expert_ids, row_indices = ids.view(torch.int32), indices.view(torch.int32)
-    problem = _pair_problem(expert_ids, row_indices, num_rows)
-    if problem is not None:
-        raise ClusterError(f"frame refused: {problem}. The sender is at fault; look at its log.")
-    return DispatchFrame(
-        layer_index=header.layer_index,
-        epoch=header.epoch,
-        rows=_view_rows(row_part, header),
-        expert_ids=expert_ids,
-        row_indices=row_indices,
-        scales=scale_part.view(torch.float32).reshape(num_rows, 1) if header.row_format == "int8" else None,
-    )
-
-
-def decode_combine(buffer: bytes | bytearray | memoryview, limits: FrameLimits) -> CombineFrame:
-    """Read a combine frame.
-
-    Args:
-        buffer: one whole frame, contiguous; viewed or copied as in :func:`decode_dispatch`.
-        limits: the largest sizes to take.
-    Returns:
-        The frame, on the CPU.
-    Raises:
-        ClusterError: the buffer is truncated, oversized, altered or no combine frame.
-    """
-    header, body = _open(buffer, "combine", limits)
-    return CombineFrame(layer_index=header.layer_index, epoch=header.epoch, rows=_view_rows(body, header))
-
-
-def _open(buffer: bytes | bytearray | memoryview, kind: FrameKind, limits: FrameLimits) -> tuple[FrameHeader, Tensor]:
-    """Check a frame and return its header and its body as uint8 ``[body_bytes]``."""
     frame = memoryview(buffer).cast("B")
-    header = read_header(frame, kind, limits)
-    fields_end = HEADER_BYTES - 4
-    checksum = zlib.crc32(frame[HEADER_BYTES:], zlib.crc32(frame[:fields_end]))
+    header = read_header(frame, limits)
+    _check_checksum(frame)
+    return Received(_view_parts(_writable(frame), header), header.request_id)
+
+
+def _view_parts(values: Bytes, header: FrameHeader) -> Frame:
+    """View the parts of a whole frame as tensors."""
+    edges = itertools.pairwise(itertools.accumulate(header.part_bytes, initial=HEADER_BYTES))
+    weights, scales, ids, rows, counts = [values[start:stop] for start, stop in edges]
+    if header.kind == "dispatch":
+        assert isinstance(header.detail, Combine)
+        padded_ids = ids.view(np.uint16).astype(np.int64)
+        if header.num_pairs % 2 and padded_ids[-1] != 0:
+            raise FrameError("frame refused: its padding is not 0. The sender is at fault; look at its log.")
+        try:
+            return DispatchFrame(
+                header.layer_index,
+                header.epoch,
+                _view_rows(rows, header),
+                _view_scales(scales, header),
+                torch.from_numpy(padded_ids[: header.num_pairs]),
+                torch.from_numpy(counts.astype(np.int64)),
+                torch.from_numpy(weights.view(np.float32)) if header.detail.mode == "partial_sums" else None,
+                header.detail,
+            )
+        except ShapeError as error:  # of its pairs; the rest follows from the header
+            raise FrameError(f"frame refused: {error} The sender is at fault; look at its log.") from error
+    if header.kind == "combine":
+        return CombineFrame(header.layer_index, header.epoch, _view_rows(rows, header), _view_scales(scales, header))
+    if header.kind == "refusal":
+        assert isinstance(header.detail, str)
+        return RefusalFrame(header.detail, rows.tobytes().decode(errors="replace"), header.epoch)
+    return ProbeFrame(header.epoch)
+
+
+def _dispatch_header(frame: DispatchFrame, request_id: int) -> FrameHeader:
+    num_rows, hidden_size = frame.rows.shape
+    return FrameHeader(
+        "dispatch",
+        frame.row_format,
+        frame.combine,
+        frame.layer_index,
+        hidden_size,
+        frame.epoch,
+        request_id,
+        num_rows,
+        frame.expert_ids.numel(),
+    )
+
+
+def _dispatch_parts(frame: DispatchFrame) -> list[memoryview]:
+    num_pairs = frame.expert_ids.numel()
+    ids = np.zeros(num_pairs + num_pairs % 2, np.uint16)
+    ids[:num_pairs] = frame.expert_ids.numpy()
+    parts = [_bytes_of(part) for part in (frame.expert_weights, frame.scales) if part is not None]
+    return [*parts, ids.data, _bytes_of(frame.rows), frame.pairs_per_row.numpy().astype(np.uint8).data]
+
+
+def _join(header: FrameHeader, body: Sequence[bytes | memoryview]) -> bytes:
+    fields = pack_fields(header)
+    checksum = zlib.crc32(fields)
+    for part in body:
+        checksum = zlib.crc32(part, checksum)
+    return b"".join([fields, pack_checksum(checksum), *body])
+
+
+def _check_checksum(frame: memoryview) -> None:
+    checksum = zlib.crc32(frame[HEADER_BYTES:], zlib.crc32(frame[: HEADER_BYTES - 4]))
     claimed = unpack_checksum(frame)
     if checksum != claimed:
-        raise ClusterError(
+        raise FrameError(
             f"frame refused: checksum is {checksum:08x}, the header says {claimed:08x}; it was altered on the way. "
             f"Send the rows again."
         )
-    values = np.frombuffer(frame, dtype=np.uint8)
-    # torch warns about memory that it may not write to, and needs aligned addresses for wider views
-    if frame.readonly or values.ctypes.data % 4:
-        values = values.copy()
-    return header, torch.from_numpy(values)[HEADER_BYTES:]
 
 
-def _view_rows(part: Tensor, header: FrameHeader) -> Tensor:
-    return part.view(_DTYPES[header.row_format]).reshape(header.num_rows, header.hidden_size)
+def _writable(frame: memoryview) -> Bytes:
+    """View a frame's bytes, or copy them: torch warns about read-only memory, wide values need aligned addresses."""
+    values = np.frombuffer(frame, np.uint8)
+    is_aligned = np.frombuffer(frame, np.uint32, 1).flags.aligned
+    return values if is_aligned and not frame.readonly else values.copy()
+
+
+def _view_rows(part: Bytes, header: FrameHeader) -> Tensor:
+    values = part.view(_DTYPES[header.row_format]).reshape(header.num_rows, header.hidden_size)
+    rows = torch.from_numpy(values)
+    return rows.view(torch.bfloat16) if header.row_format == "bfloat16" else rows
+
+
+def _view_scales(part: Bytes, header: FrameHeader) -> Tensor | None:
+    return torch.from_numpy(part.view(np.float32).reshape(-1, 1)) if header.row_format == "int8" else None
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    values = tensor.detach().cpu().contiguous().numpy()
-    return values.reshape(-1).view(np.uint8).data
-
-
-def _pair_problem(expert_ids: Tensor, row_indices: Tensor, num_rows: int) -> str | None:
-    """Say what is wrong with the (row, expert) pairs of a frame, or nothing."""
-    if len(expert_ids) == 0:
-        return None
-    low, high = int(row_indices.min()), int(row_indices.max())
-    if low < 0 or high >= num_rows:
-        return f"row indices reach from {low} to {high}, the frame has {num_rows} rows"
-    if int(expert_ids[0]) < 0:
-        return f"expert id {int(expert_ids[0])} is negative"
-    if bool((expert_ids[1:] < expert_ids[:-1]).any()):
-        return "expert ids are not in ascending order"
-    return None
+    """View a tensor's values, in one piece and on the CPU."""
+    values = tensor.contiguous()
+    if values.dtype == torch.bfloat16:
+        values = values.view(torch.int16)
+    array: npt.NDArray[Any] = values.numpy(force=True)
+    return array.data

@@ -1,30 +1,53 @@
 """The 32 bytes in front of every frame, and the checks that a received header must pass.
 
-    byte  0      4       5    6      7    8           12     16        20           24         28
-          magic  version kind format zero layer_index epoch  num_rows  hidden_size  num_pairs  crc32
-          4      u8      u8   u8     u8   u32         u32    u32       u32          u32        u32
+    byte 0      4        5     6       7        8      10      12     16          20        24         28
+         magic  version  kind  format  combine  layer  hidden  epoch  request_id  num_rows  num_pairs  crc32
+         4      u8       u8    u8      u8       u16    u16     u32    u32         u32       u32        u32
 
-Little endian. The CRC-32 covers bytes 0 to 27 and the body. It detects accidents,
-not attackers: a link that crosses a trust boundary needs its own authentication.
+Little endian. ``combine`` says in a dispatch frame what is to come back, and in a refusal why nothing does.
+``request_id`` comes back unchanged, so that a late answer is not taken for another. The CRC-32 covers bytes 0 to 27
+and the body. It detects accidents, not attackers: links between hosts are authenticated and encrypted (CURVE).
 """
 
 import struct
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from cluster.transport.frames import HEADER_BYTES
-from cluster.transport.row_format import EXPERT_METADATA_BYTES, RowFormat, row_bytes
-from moe_bitnet.errors import ClusterError
+from cluster.transport.frames import HEADER_BYTES, RefusalReason
+from cluster.transport.row_format import (
+    EXPERT_ID_BYTES,
+    EXPERT_WEIGHT_BYTES,
+    ROW_METADATA_BYTES,
+    Combine,
+    CombineMode,
+    RowFormat,
+    row_bytes,
+    scale_bytes,
+)
+from moe_bitnet.errors import FrameError
 
-FrameKind = Literal["dispatch", "combine"]
+FrameKind = Literal["dispatch", "combine", "refusal", "probe"]
+
+MAX_MESSAGE_BYTES = 4096
 
 _MAGIC = b"MoEf"
-_VERSION = 1
-_FIELDS = struct.Struct("<4sBBBxIIIII")
+_VERSION = 2
+_FIELDS = struct.Struct("<4sBBBBHHIIII")
 _CHECKSUM = struct.Struct("<I")
-_KIND_CODES: dict[FrameKind, int] = {"dispatch": 1, "combine": 2}
-_FORMAT_CODES: dict[RowFormat, int] = {"int8": 1, "float16": 2, "float32": 3}
+_REQUEST_ID_OFFSET = 16
+_KIND_CODES: dict[FrameKind, int] = {"dispatch": 1, "combine": 2, "refusal": 3, "probe": 4}
+_KINDS = {code: kind for kind, code in _KIND_CODES.items()}
+_FORMAT_CODES: dict[RowFormat, int] = {"int8": 1, "float16": 2, "float32": 3, "bfloat16": 4}
 _FORMATS = {code: row_format for row_format, code in _FORMAT_CODES.items()}
+_MODE_CODES: dict[CombineMode, int] = {"rows": 0x10, "partial_sums": 0x20}  # the low half is the row format
+_COMBINES = {
+    mode_code | format_code: Combine(mode, row_format)
+    for mode, mode_code in _MODE_CODES.items()
+    for row_format, format_code in _FORMAT_CODES.items()
+}
+_COMBINE_CODES = {combine: code for code, combine in _COMBINES.items()}
+_REASON_CODES: dict[RefusalReason, int] = {"protocol": 1, "stale plan": 2, "request": 3, "failure": 4}
+_REASONS = {code: reason for reason, code in _REASON_CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -40,49 +63,74 @@ class FrameLimits:
 
     max_frame_bytes: int = 2**30
     max_num_rows: int = 2**20
-    max_hidden_size: int = 2**16
+    max_hidden_size: int = 2**16 - 1
     max_num_pairs: int = 2**24
 
 
-@dataclass(frozen=True)
-class FrameHeader:
+class FrameHeader(NamedTuple):
     """The sizes that lay out a frame's body.
 
     Attributes:
-        kind: ``"dispatch"`` or ``"combine"``.
-        row_format: format of the rows.
+        kind: which message it is.
+        row_format: format of the rows; ``"int8"`` where there are none.
+        detail: the :class:`Combine` of a dispatch frame, the reason of a refusal, else ``None``.
         layer_index: MoE layer.
-        epoch: number of the sender's placement.
+        hidden_size: values in a row; 0 where there are no rows.
+        epoch: number of the sender's plan.
+        request_id: chosen by who asks, repeated by who answers.
         num_rows: rows in the body.
-        hidden_size: values in a row.
-        num_pairs: (row, expert) pairs of a dispatch frame; 0 in a combine frame.
+        num_pairs: (row, expert) pairs of a dispatch frame, bytes of a refusal's message, else 0.
     """
 
     kind: FrameKind
     row_format: RowFormat
+    detail: Combine | RefusalReason | None
     layer_index: int
-    epoch: int
-    num_rows: int
     hidden_size: int
+    epoch: int
+    request_id: int
+    num_rows: int
     num_pairs: int
+
+    @property
+    def part_bytes(self) -> tuple[int, int, int, int, int]:
+        """Bytes of the body's parts: expert weights, scales, expert ids, rows, experts a row (module ``codec``)."""
+        if self.kind == "refusal":
+            return (0, 0, 0, self.num_pairs, 0)
+        num_rows, num_pairs = self.num_rows, self.num_pairs
+        scales = num_rows * scale_bytes(self.row_format)
+        rows = num_rows * row_bytes(self.hidden_size, self.row_format) - scales
+        if self.kind != "dispatch":
+            return (0, scales, 0, rows, 0)
+        assert isinstance(self.detail, Combine)
+        weights = EXPERT_WEIGHT_BYTES * num_pairs if self.detail.mode == "partial_sums" else 0
+        ids = EXPERT_ID_BYTES * (num_pairs + num_pairs % 2)  # an even number, so that float32 rows stay aligned
+        return (weights, scales, ids, rows, ROW_METADATA_BYTES * num_rows)
 
     @property
     def body_bytes(self) -> int:
         """Bytes that follow the header."""
-        return self.num_rows * row_bytes(self.hidden_size, self.row_format) + self.num_pairs * EXPERT_METADATA_BYTES
+        return sum(self.part_bytes)
 
 
 def pack_fields(header: FrameHeader) -> bytes:
     """Return the header without its checksum, 28 bytes."""
+    detail = 0
+    if isinstance(header.detail, Combine):
+        detail = _COMBINE_CODES[header.detail]
+    elif header.detail is not None:
+        detail = _REASON_CODES[header.detail]
     return _FIELDS.pack(
         _MAGIC,
         _VERSION,
         _KIND_CODES[header.kind],
         _FORMAT_CODES[header.row_format],
+        detail,
         header.layer_index,
-        header.epoch,
-        header.num_rows,
         header.hidden_size,
+        header.epoch,
+        header.request_id,
+        header.num_rows,
         header.num_pairs,
     )
 
@@ -97,46 +145,69 @@ def unpack_checksum(frame: memoryview) -> int:
     return int(_CHECKSUM.unpack_from(frame, _FIELDS.size)[0])
 
 
-def read_header(frame: memoryview, kind: FrameKind, limits: FrameLimits) -> FrameHeader:
+def peek_request_id(frame: memoryview) -> int:
+    """Return the request id that a frame claims, unchecked; 0 if it is too short to have one."""
+    return int(_CHECKSUM.unpack_from(frame, _REQUEST_ID_OFFSET)[0]) if len(frame) >= HEADER_BYTES else 0
+
+
+def read_header(frame: memoryview, limits: FrameLimits) -> FrameHeader:
     """Read and check the header of a whole received frame; its checksum is checked elsewhere.
 
     Args:
         frame: header and body, as unsigned bytes.
-        kind: what the receiver waits for.
         limits: the largest sizes that the receiver takes.
     Raises:
-        ClusterError: the frame is too short or long, of another protocol, version or kind, or claims
-            sizes that break a limit or do not match its length.
+        FrameError: the frame is too short or long, of another protocol or version, or claims sizes that
+            break a limit or do not match its length.
     """
-    _check(len(frame) >= HEADER_BYTES, f"{len(frame)} bytes are shorter than the header of {HEADER_BYTES}")
+    if len(frame) < HEADER_BYTES:
+        raise _refusal(f"{len(frame)} bytes are shorter than the header of {HEADER_BYTES}")
     _check_limit("frame bytes", len(frame), limits.max_frame_bytes)
-    magic, version, kind_code, format_code, layer_index, epoch, num_rows, hidden_size, num_pairs = _FIELDS.unpack_from(
-        frame
-    )
-    _check(magic == _MAGIC, f"magic is {magic!r}, expected {_MAGIC!r}")
-    _check(version == _VERSION, f"version is {version}, this program speaks {_VERSION}; run one version on every host")
-    _check(kind_code == _KIND_CODES[kind], f"kind code is {kind_code}, expected {_KIND_CODES[kind]} ({kind})")
-    row_format = _FORMATS.get(format_code)
-    if row_format is None or (kind == "combine" and row_format == "int8"):
-        raise _refusal(f"row format code {format_code} is not one of a {kind} frame")
-    _check_limit("rows", num_rows, limits.max_num_rows)
-    _check(hidden_size >= 1, "hidden size is 0")
+    magic, version, kind_code, format_code, detail_code, layer_index, hidden_size, *numbers = _FIELDS.unpack_from(frame)
+    epoch, request_id, num_rows, num_pairs = numbers
+    if magic != _MAGIC:
+        raise _refusal(f"magic is {magic!r}, expected {_MAGIC!r}")
+    if version != _VERSION:
+        raise _refusal(f"version is {version}, this program speaks {_VERSION}; run one version on every host")
+    kind, row_format = _KINDS.get(kind_code), _FORMATS.get(format_code)
+    if kind is None:
+        raise _refusal(f"kind code {kind_code} is unknown")
+    if row_format is None:
+        raise _refusal(f"row format code {format_code} is unknown")
+    detail = _read_detail(kind, detail_code)
+    has_rows = kind in ("dispatch", "combine")
+    if has_rows and hidden_size == 0:
+        raise _refusal("hidden size is 0")
+    if not has_rows and (layer_index, format_code, hidden_size) != (0, _FORMAT_CODES["int8"], 0):
+        raise _refusal(f"a {kind} frame with layer {layer_index} and rows of {hidden_size} {row_format} values")
+    _check_limit("rows", num_rows, limits.max_num_rows if has_rows else 0)
     _check_limit("hidden size", hidden_size, limits.max_hidden_size)
-    _check_limit("pairs", num_pairs, limits.max_num_pairs if kind == "dispatch" else 0)
-    header = FrameHeader(kind, row_format, layer_index, epoch, num_rows, hidden_size, num_pairs)
+    largest = {"dispatch": limits.max_num_pairs, "refusal": MAX_MESSAGE_BYTES}.get(kind, 0)
+    _check_limit("pairs", num_pairs, largest)
+    header = FrameHeader(kind, row_format, detail, layer_index, hidden_size, epoch, request_id, num_rows, num_pairs)
     claimed = HEADER_BYTES + header.body_bytes
-    _check(len(frame) == claimed, f"{len(frame)} bytes arrived, the header announces {claimed}")
+    if len(frame) != claimed:
+        raise _refusal(f"{len(frame)} bytes arrived, the header announces {claimed}")
     return header
 
 
+def _read_detail(kind: FrameKind, code: int) -> Combine | RefusalReason | None:
+    detail: Combine | RefusalReason | None = None
+    if kind == "dispatch":
+        detail = _COMBINES.get(code)
+    elif kind == "refusal":
+        detail = _REASONS.get(code)
+    elif code == 0:
+        return None
+    if detail is None:
+        raise _refusal(f"combine code {code} is not one of a {kind} frame")
+    return detail
+
+
 def _check_limit(name: str, value: int, limit: int) -> None:
-    _check(value <= limit, f"{name}: {value} given, the limit is {limit}")
+    if value > limit:
+        raise FrameError(f"frame refused: {name}: {value} given, the limit is {limit}. Send fewer rows at once.")
 
 
-def _check(passed: bool, problem: str) -> None:
-    if not passed:
-        raise _refusal(problem)
-
-
-def _refusal(problem: str) -> ClusterError:
-    return ClusterError(f"frame refused: {problem}. Send the rows again.")
+def _refusal(problem: str) -> FrameError:
+    return FrameError(f"frame refused: {problem}. Send the rows again.")

@@ -96,12 +96,12 @@ def generate_run(
     if twin.problem.topology.num_devices > plan.problem.topology.num_devices:
         say("the FP16 twin does not fit on the devices given; generating with the ternary model alone")
     elif run_folder.twin.is_dir():
-        twin_config = dataclasses.replace(config, dispatch="float16", combine="float16")
+        twin_config = dataclasses.replace(config, dispatch="float16", combine_format="float16")
         runs.insert(0, _run_on_hosts("float16 twin", run_folder.twin, twin, request, twin_config)[1])
         if twin.placement.num_devices > plan.placement.num_devices:
             # on as many devices as the twin and with its way back, so that int8 dispatch is all that differs
             spread = spread_plan(plan, twin.placement.num_devices)
-            spread_config = dataclasses.replace(config, combine="float16")
+            spread_config = dataclasses.replace(config, combine_format="float16")
             runs.append(_run_on_hosts("ternary, spread", packed, spread, request, spread_config)[1])
     result = {
         "prompt": prompt,
@@ -130,7 +130,7 @@ def _run_on_hosts(
         "name": name,
         "num_devices": plan.placement.num_devices,
         "dispatch": config.dispatch,
-        "combine": config.combine,
+        "combine": f"{config.combine.replace('_', ' ')}, {config.combine_format}",
         **traffic,
         "seconds": remote.seconds,
         "tokens_equal_single_process": is_equal,
@@ -140,14 +140,15 @@ def _run_on_hosts(
 def _describe_traffic(meter: TrafficMeter, model: MoETransformer, plan: Plan, config: ClusterConfig) -> dict[str, Any]:
     crossing = [(key, size) for key, size in meter.totals().items() if key.source != key.destination]
     formula = expected_bytes_per_token(
-        plan.placement, model.config.top_k, model.config.hidden_size, config.dispatch, config.combine
+        plan.placement, model.config.top_k, model.config.hidden_size, config.dispatch, config.returned
     )
     return {
         "num_tokens": meter.num_tokens,
         "dispatch_bytes": sum(size for key, size in crossing if key.direction == "dispatch" and key.kind == "payload"),
         "combine_bytes": sum(size for key, size in crossing if key.direction == "combine" and key.kind == "payload"),
         "metadata_bytes": sum(size for key, size in crossing if key.kind == "metadata"),
-        "header_bytes": sum(size for key, size in crossing if key.kind == "header"),
+        "header_bytes": sum(size for key, size in crossing if key.kind in ("header", "framing")),
+        "wire_bytes": meter.wire_bytes(),
         "bytes_per_token": meter.bytes_per_token(),
         "formula_bytes_per_token": formula.total_bytes,
     }

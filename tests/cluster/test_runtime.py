@@ -1,59 +1,17 @@
-import contextlib
-import copy
-import logging
-import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 import ray
-import torch
-from factories import ListCache, random_token_ids
 from host_factories import model_of, place
 
 from cluster.config import ClusterConfig
-from cluster.placement.cost import expected_bytes_per_token
 from cluster.runtime import connect, start_expert_hosts
-from moe_bitnet.checkpoint.sizes import model_sizes
-from moe_bitnet.errors import ClusterError, ConfigError, PlacementError
-from moe_bitnet.generation import generate
+from moe_bitnet.errors import CheckpointError, ClusterError, ConfigError, PlacementError
 
-DEVICE_OF_EXPERT = [[0, 1, 2, 1, 0], [2, 2, 1, 2, 1]]  # the home holds nothing of layer 1
 KIND = "base3"
-
-
-def process_of(client):
-    pid = ray.get(client._actor.__ray_call__.remote(lambda _: os.getpid()), timeout=60)
-    return psutil.Process(pid)
-
-
-def expert_processes():
-    """Processes of all expert hosts of the Ray that was started here."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-            if "ExpertHostActor" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
-
-
-def clients_of(hosts):
-    return hosts.executors[0]._clients
-
-
-def distributed(model, hosts):
-    remote = copy.deepcopy(model)
-    remote.replace_experts(hosts.executors)
-    return remote
-
-
-@torch.inference_mode()
-def logits_of(model, token_ids):
-    return model(token_ids).logits
 
 
 # --- Addresses
@@ -137,7 +95,7 @@ assert not ray.is_initialized()
     assert ray.get(ray.put(7)) == 7
 
 
-# --- Expert hosts
+# --- What is refused before any host is started
 
 
 @pytest.fixture(scope="module")
@@ -145,112 +103,8 @@ def model():
     return model_of(KIND, num_shared_experts=1)
 
 
-def plan_for(model, device_of_expert, num_devices, **changes):
-    sizes = model_sizes(model.config, KIND)
-    return place(device_of_expert, num_devices, **{"expert_bytes": sizes.expert_bytes, **changes})
-
-
-@pytest.fixture(scope="module")
-def ready():
-    """What ``on_host_ready`` was called with."""
-    return []
-
-
-@pytest.fixture(scope="module")
-def hosts(connected, model, ready):
-    problem, placement = plan_for(model, DEVICE_OF_EXPERT, 3)
-    config = ClusterConfig(connect_timeout_s=120.0)
-    with start_expert_hosts(model, problem, placement, config, lambda *arguments: ready.append(arguments)) as hosts:
-        yield hosts
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("num_tokens", [1, 7, 33])
-def test_logits_are_the_local_ones_bit_for_bit(hosts, model, num_tokens):
-    token_ids = random_token_ids(1, num_tokens)
-    assert torch.equal(logits_of(distributed(model, hosts), token_ids), logits_of(model, token_ids))
-
-
-@pytest.mark.ray
-def test_greedy_text_is_the_local_one(hosts, model):
-    first, second = (
-        generate(each, [5, 17, 2], max_new_tokens=9, cache=ListCache(2)) for each in (model, distributed(model, hosts))
-    )
-    assert second == first
-
-
-@pytest.mark.ray
-def test_hosts_hold_the_bytes_of_their_experts(hosts, model, ready):
-    expert_bytes = model_sizes(model.config, KIND).expert_bytes
-    assert hosts.held_bytes == [2 * expert_bytes, 4 * expert_bytes, 4 * expert_bytes]
-    assert ready == [(f"device-{index}", held_bytes) for index, held_bytes in enumerate(hosts.held_bytes)]
-
-
-@pytest.mark.ray
-def test_the_meter_sees_the_traffic(hosts, model):
-    hosts.meter.reset()
-    logits_of(distributed(model, hosts), random_token_ids(8, 33))
-    _, placement = plan_for(model, DEVICE_OF_EXPERT, 3)
-    uniform = expected_bytes_per_token(placement, 2, 12, "int8", "float32").total_bytes
-    assert hosts.meter.num_tokens == 8 * 33
-    # the router of a random model is near uniform; exact bytes are compared where no Ray is needed
-    assert hosts.meter.bytes_per_token(["payload", "metadata"]) == pytest.approx(uniform, rel=0.3)
-
-
-@pytest.mark.ray
-def test_a_host_that_is_too_slow_is_an_error(hosts, model, monkeypatch):
-    client = clients_of(hosts)[2]
-    is_done = client._actor.__ray_call__.remote(lambda _: time.sleep(1.5))
-    monkeypatch.setattr(client, "timeout_s", 0.1)
-    with pytest.raises(ClusterError, match="'device-2' did not answer within"):
-        logits_of(distributed(model, hosts), random_token_ids(1, 33))
-    ray.get(is_done, timeout=60)
-
-
-@pytest.mark.ray
-def test_a_killed_host_is_an_error_and_none_outlives_the_block(connected, model, caplog):
-    problem, placement = plan_for(model, [[0, 1, 1, 1, 0], [1, 0, 1, 0, 1]], 2)
-    token_ids, expected = random_token_ids(1, 33), logits_of(model, random_token_ids(1, 33))
-    caplog.set_level(logging.INFO)
-    with start_expert_hosts(model, problem, placement, ClusterConfig(connect_timeout_s=120.0)) as hosts:
-        remote = distributed(model, hosts)
-        processes = [process_of(client) for client in clients_of(hosts)]
-        assert torch.equal(logits_of(remote, token_ids), expected)
-        # stopped, so that the frame surely waits for it when it is killed
-        processes[1].send_signal(signal.SIGSTOP)
-        receive = clients_of(hosts)[1].send(b"")
-        processes[1].kill()
-        with pytest.raises(ClusterError, match="'device-1' died"):
-            receive()
-        for _ in range(2):
-            with pytest.raises(ClusterError, match="'device-1' died"):
-                logits_of(remote, token_ids)
-    assert "host device-1 is ready" in caplog.text
-    assert not psutil.wait_procs(processes, timeout=20)[1]
-    with pytest.raises(ClusterError, match="'device-0' died"):
-        clients_of(hosts)[0].send(b"")()
-
-
-@pytest.mark.ray
-def test_a_start_that_fails_says_why_and_leaves_no_host(hosts, model):
-    """The problem understates the experts, so that only the host itself sees that they do not fit."""
-    problem, placement = plan_for(model, [[0] * 5] * 2, 1, expert_bytes=1, memory_bytes=1000)
-    before = expert_processes()
-    assert len(before) == 3
-    with (
-        pytest.raises(PlacementError, match=r"'device-0' holds .* bytes are missing"),
-        start_expert_hosts(model, problem, placement, ClusterConfig(connect_timeout_s=120.0)),
-    ):
-        raise AssertionError("started")
-    new = [process for process in expert_processes() if process not in before]
-    assert not psutil.wait_procs(new, timeout=20)[1]
-
-
-# --- What is refused before anything is started
-
-
-def start(model, problem, placement, **settings):
-    with start_expert_hosts(model, problem, placement, ClusterConfig(**settings)):
+def start(model, problem, placement, checkpoint=None, **settings):
+    with start_expert_hosts(model, problem, placement, ClusterConfig(**settings), checkpoint):
         raise AssertionError("started")
 
 
@@ -272,13 +126,12 @@ def test_int8_rows_for_float_experts_are_refused():
         start(model_of("float16"), *place([[0] * 5] * 2, 1))
 
 
+def test_a_checkpoint_that_is_none_is_refused(model, tmp_path):
+    with pytest.raises(CheckpointError):
+        start(model, *place([[0] * 5] * 2, 1), checkpoint=tmp_path)
+
+
 def test_hosts_without_a_connection_are_refused(model, monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(ClusterError, match="inside 'with connect"):
         start(model, *place([[0] * 5] * 2, 1))
-
-
-@pytest.mark.ray
-def test_a_model_without_its_experts_is_refused(hosts, model):
-    with pytest.raises(ClusterError, match="elsewhere already"):
-        start(distributed(model, hosts), *place([[0] * 5] * 2, 1))

@@ -1,0 +1,36 @@
+"""Weighted sums of the experts' outputs of each row, on the device that computed them."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.transport.row_format import Combine
+from moe_bitnet.kernels import select
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def sum_pairs(outputs: Tensor, expert_weights: Tensor, pairs_per_row: Tensor) -> Tensor:
+    """Weigh the outputs of all pairs and add up those of each row, in the order of its pairs.
+
+    Args:
+        outputs: float32 ``[m, H]``, the pairs of row 0 first.
+        expert_weights: float32 ``[m]``.
+        pairs_per_row: int64 ``[n]``, at least 1 each.
+    Returns:
+        float32 ``[n, H]``.
+    """
+    weighted = outputs * expert_weights.unsqueeze(1)
+    if len(outputs) == len(pairs_per_row):
+        return weighted
+    starts = np.zeros(len(pairs_per_row), np.int64)
+    np.cumsum(pairs_per_row.numpy()[:-1], out=starts[1:])
+    return torch.from_numpy(np.add.reduceat(weighted.numpy(), starts, axis=0))
+
+
+def to_format(rows: Tensor, combine: Combine) -> tuple[Tensor, Tensor | None]:
+    """Round float32 rows ``[n, H]`` to the format in which they travel; returns them and the scales of int8 rows."""
+    if combine.row_format == "int8":
+        quantized, scales = select("quantize_activation", rows.device.type)(rows)
+        return quantized, scales
+    return rows.to(_DTYPES[combine.row_format]), None

@@ -31,7 +31,7 @@ COMMANDS: dict[str, ModuleType] = {
     "kv-eval": kv_eval,
 }
 # these print for a person by themselves
-_HAS_OWN_OUTPUT = ("context", "demo", "kv-eval", "report")
+_HAS_OWN_OUTPUT = ("context", "demo", "kv-eval", "place", "report")
 # these are told of a model, not of an experiment
 _WITHOUT_RUN_FOLDER = ("inspect", "kv-eval")
 

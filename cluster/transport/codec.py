@@ -13,8 +13,7 @@ bytes. Wide parts come first, so every part is aligned in a buffer that is itsel
 import itertools
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +22,12 @@ from torch import Tensor
 
 from cluster.transport.frames import (
     HEADER_BYTES,
+    MAX_PAIRS_PER_ROW,
     CombineFrame,
     DispatchFrame,
     ProbeFrame,
     RefusalFrame,
+    frame_of_checked,
 )
 from cluster.transport.header import (
     MAX_MESSAGE_BYTES,
@@ -37,8 +38,8 @@ from cluster.transport.header import (
     read_header,
     unpack_checksum,
 )
-from cluster.transport.row_format import Combine, RowFormat
-from moe_bitnet.errors import FrameError, ShapeError
+from cluster.transport.row_format import EXPERT_ID_BYTES, Combine, RowFormat
+from moe_bitnet.errors import FrameError
 
 Frame = DispatchFrame | CombineFrame | RefusalFrame | ProbeFrame
 Buffer = bytes | bytearray | memoryview
@@ -52,8 +53,7 @@ _DTYPES: dict[RowFormat, type[np.generic]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Received:
+class Received(NamedTuple):
     """A frame that arrived.
 
     Attributes:
@@ -103,39 +103,56 @@ def decode(buffer: Buffer, limits: FrameLimits) -> Received:
         FrameError: the buffer is truncated, oversized, altered or no frame.
     """
     frame = memoryview(buffer).cast("B")
-    header = read_header(frame, limits)
+    header, part_bytes = read_header(frame, limits)
     _check_checksum(frame)
-    return Received(_view_parts(_writable(frame), header), header.request_id)
+    edges = list(itertools.accumulate(part_bytes, initial=HEADER_BYTES))
+    values = _writable(frame)
+    parts = [values[start:stop] for start, stop in itertools.pairwise(edges)]
+    return Received(_view_parts(header, *parts), header.request_id)
 
 
-def _view_parts(values: Bytes, header: FrameHeader) -> Frame:
-    """View the parts of a whole frame as tensors."""
-    edges = itertools.pairwise(itertools.accumulate(header.part_bytes, initial=HEADER_BYTES))
-    weights, scales, ids, rows, counts = [values[start:stop] for start, stop in edges]
+def _view_parts(header: FrameHeader, weights: Bytes, scales: Bytes, ids: Bytes, rows: Bytes, counts: Bytes) -> Frame:
+    """View the parts of a frame's body as tensors; their sizes are those that the header announces."""
     if header.kind == "dispatch":
         assert isinstance(header.detail, Combine)
-        padded_ids = ids.view(np.uint16).astype(np.int64)
-        if header.num_pairs % 2 and padded_ids[-1] != 0:
-            raise FrameError("frame refused: its padding is not 0. The sender is at fault; look at its log.")
-        try:
-            return DispatchFrame(
-                header.layer_index,
-                header.epoch,
-                _view_rows(rows, header),
-                _view_scales(scales, header),
-                torch.from_numpy(padded_ids[: header.num_pairs]),
-                torch.from_numpy(counts.astype(np.int64)),
-                torch.from_numpy(weights.view(np.float32)) if header.detail.mode == "partial_sums" else None,
-                header.detail,
-            )
-        except ShapeError as error:  # of its pairs; the rest follows from the header
-            raise FrameError(f"frame refused: {error} The sender is at fault; look at its log.") from error
+        _check_pairs(ids, counts, header.num_pairs)
+        return frame_of_checked(
+            DispatchFrame,
+            layer_index=header.layer_index,
+            epoch=header.epoch,
+            rows=_view_rows(rows, header),
+            scales=_view_scales(scales, header),
+            expert_ids=torch.from_numpy(ids.view(np.uint16)[: header.num_pairs].astype(np.int64)),
+            pairs_per_row=torch.from_numpy(counts.astype(np.int64)),
+            expert_weights=torch.from_numpy(weights.view(np.float32)) if header.detail.mode == "partial_sums" else None,
+            combine=header.detail,
+        )
     if header.kind == "combine":
-        return CombineFrame(header.layer_index, header.epoch, _view_rows(rows, header), _view_scales(scales, header))
+        return frame_of_checked(
+            CombineFrame,
+            layer_index=header.layer_index,
+            epoch=header.epoch,
+            rows=_view_rows(rows, header),
+            scales=_view_scales(scales, header),
+        )
     if header.kind == "refusal":
         assert isinstance(header.detail, str)
         return RefusalFrame(header.detail, rows.tobytes().decode(errors="replace"), header.epoch)
     return ProbeFrame(header.epoch)
+
+
+def _check_pairs(ids: Bytes, counts: Bytes, num_pairs: int) -> None:
+    """Check the experts of each row, and the padding after their ids."""
+    total = int(np.add.reduce(counts, dtype=np.int64))
+    if total != num_pairs:
+        problem = f"the rows have {total} experts, {num_pairs} expert ids are given"
+    elif 0 in counts.data:
+        problem = f"a row has 0 to {counts.max()} experts; allowed are 1 to {MAX_PAIRS_PER_ROW}"
+    elif num_pairs % 2 and any(ids[-EXPERT_ID_BYTES:].data):
+        problem = "its padding is not 0"
+    else:
+        return
+    raise FrameError(f"frame refused: {problem}. The sender is at fault; look at its log.")
 
 
 def _dispatch_header(frame: DispatchFrame, request_id: int) -> FrameHeader:

@@ -12,7 +12,7 @@ Bytes are split in three:
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -155,6 +155,21 @@ class ProbeFrame:
     """Asks a host whether it is there; the same frame comes back, with the newest epoch of the host."""
 
     epoch: int = 0
+
+
+FrameOfRows = TypeVar("FrameOfRows", DispatchFrame, CombineFrame)
+
+
+def frame_of_checked(kind: type[FrameOfRows], **attributes: object) -> FrameOfRows:
+    """Make a frame without its checks: of parts whose shapes, dtypes and values are known to be right.
+
+    Args:
+        kind: class of the frame.
+        attributes: all of its attributes, by name.
+    """
+    frame = object.__new__(kind)
+    vars(frame).update(attributes)
+    return frame
 
 
 def payload_bytes(frame: DispatchFrame | CombineFrame) -> int:

@@ -92,25 +92,30 @@ class FrameHeader(NamedTuple):
     num_rows: int
     num_pairs: int
 
-    @property
-    def part_bytes(self) -> tuple[int, int, int, int, int]:
-        """Bytes of the body's parts: expert weights, scales, expert ids, rows, experts a row (module ``codec``)."""
-        if self.kind == "refusal":
-            return (0, 0, 0, self.num_pairs, 0)
-        num_rows, num_pairs = self.num_rows, self.num_pairs
-        scales = num_rows * scale_bytes(self.row_format)
-        rows = num_rows * row_bytes(self.hidden_size, self.row_format) - scales
-        if self.kind != "dispatch":
-            return (0, scales, 0, rows, 0)
-        assert isinstance(self.detail, Combine)
-        weights = EXPERT_WEIGHT_BYTES * num_pairs if self.detail.mode == "partial_sums" else 0
-        ids = EXPERT_ID_BYTES * (num_pairs + num_pairs % 2)  # an even number, so that float32 rows stay aligned
-        return (weights, scales, ids, rows, ROW_METADATA_BYTES * num_rows)
 
-    @property
-    def body_bytes(self) -> int:
-        """Bytes that follow the header."""
-        return sum(self.part_bytes)
+class PartBytes(NamedTuple):
+    """Bytes of the parts of a frame's body, in their order (module ``codec``)."""
+
+    expert_weights: int
+    scales: int
+    expert_ids: int
+    rows: int
+    pairs_per_row: int
+
+
+def part_bytes(header: FrameHeader) -> PartBytes:
+    """Lay out the body that a header announces; a refusal's message stands where rows do."""
+    kind, row_format, detail, _, hidden_size, _, _, num_rows, num_pairs = header
+    if kind == "refusal":
+        return PartBytes(0, 0, 0, num_pairs, 0)
+    scales = num_rows * scale_bytes(row_format)
+    rows = num_rows * row_bytes(hidden_size, row_format) - scales
+    if kind != "dispatch":
+        return PartBytes(0, scales, 0, rows, 0)
+    assert isinstance(detail, Combine)
+    weights = EXPERT_WEIGHT_BYTES * num_pairs if detail.mode == "partial_sums" else 0
+    ids = EXPERT_ID_BYTES * (num_pairs + num_pairs % 2)  # an even number, so that float32 rows stay aligned
+    return PartBytes(weights, scales, ids, rows, ROW_METADATA_BYTES * num_rows)
 
 
 def pack_fields(header: FrameHeader) -> bytes:
@@ -150,19 +155,22 @@ def peek_request_id(frame: memoryview) -> int:
     return int(_CHECKSUM.unpack_from(frame, _REQUEST_ID_OFFSET)[0]) if len(frame) >= HEADER_BYTES else 0
 
 
-def read_header(frame: memoryview, limits: FrameLimits) -> FrameHeader:
+def read_header(frame: memoryview, limits: FrameLimits) -> tuple[FrameHeader, PartBytes]:
     """Read and check the header of a whole received frame; its checksum is checked elsewhere.
 
     Args:
         frame: header and body, as unsigned bytes.
         limits: the largest sizes that the receiver takes.
+    Returns:
+        the header, and the layout of the body.
     Raises:
         FrameError: the frame is too short or long, of another protocol or version, or claims sizes that
             break a limit or do not match its length.
     """
     if len(frame) < HEADER_BYTES:
         raise _refusal(f"{len(frame)} bytes are shorter than the header of {HEADER_BYTES}")
-    _check_limit("frame bytes", len(frame), limits.max_frame_bytes)
+    if len(frame) > limits.max_frame_bytes:
+        raise _over_limit("frame bytes", len(frame), limits.max_frame_bytes)
     magic, version, kind_code, format_code, detail_code, layer_index, hidden_size, *numbers = _FIELDS.unpack_from(frame)
     epoch, request_id, num_rows, num_pairs = numbers
     if magic != _MAGIC:
@@ -175,20 +183,18 @@ def read_header(frame: memoryview, limits: FrameLimits) -> FrameHeader:
     if row_format is None:
         raise _refusal(f"row format code {format_code} is unknown")
     detail = _read_detail(kind, detail_code)
-    has_rows = kind in ("dispatch", "combine")
-    if has_rows and hidden_size == 0:
-        raise _refusal("hidden size is 0")
-    if not has_rows and (layer_index, format_code, hidden_size) != (0, _FORMAT_CODES["int8"], 0):
+    if kind == "dispatch" or kind == "combine":
+        if hidden_size == 0:
+            raise _refusal("hidden size is 0")
+    elif layer_index or hidden_size or row_format != "int8":
         raise _refusal(f"a {kind} frame with layer {layer_index} and rows of {hidden_size} {row_format} values")
-    _check_limit("rows", num_rows, limits.max_num_rows if has_rows else 0)
-    _check_limit("hidden size", hidden_size, limits.max_hidden_size)
-    largest = {"dispatch": limits.max_num_pairs, "refusal": MAX_MESSAGE_BYTES}.get(kind, 0)
-    _check_limit("pairs", num_pairs, largest)
+    _check_sizes(kind, num_rows, hidden_size, num_pairs, limits)
     header = FrameHeader(kind, row_format, detail, layer_index, hidden_size, epoch, request_id, num_rows, num_pairs)
-    claimed = HEADER_BYTES + header.body_bytes
+    parts = part_bytes(header)
+    claimed = HEADER_BYTES + sum(parts)
     if len(frame) != claimed:
         raise _refusal(f"{len(frame)} bytes arrived, the header announces {claimed}")
-    return header
+    return header, parts
 
 
 def _read_detail(kind: FrameKind, code: int) -> Combine | RefusalReason | None:
@@ -204,9 +210,24 @@ def _read_detail(kind: FrameKind, code: int) -> Combine | RefusalReason | None:
     return detail
 
 
-def _check_limit(name: str, value: int, limit: int) -> None:
-    if value > limit:
-        raise FrameError(f"frame refused: {name}: {value} given, the limit is {limit}. Send fewer rows at once.")
+def _check_sizes(kind: FrameKind, num_rows: int, hidden_size: int, num_pairs: int, limits: FrameLimits) -> None:
+    max_num_rows = max_num_pairs = 0
+    if kind == "dispatch":
+        max_num_rows, max_num_pairs = limits.max_num_rows, limits.max_num_pairs
+    elif kind == "combine":
+        max_num_rows = limits.max_num_rows
+    elif kind == "refusal":
+        max_num_pairs = MAX_MESSAGE_BYTES
+    if num_rows > max_num_rows:
+        raise _over_limit("rows", num_rows, max_num_rows)
+    if hidden_size > limits.max_hidden_size:
+        raise _over_limit("hidden size", hidden_size, limits.max_hidden_size)
+    if num_pairs > max_num_pairs:
+        raise _over_limit("pairs", num_pairs, max_num_pairs)
+
+
+def _over_limit(name: str, value: int, limit: int) -> FrameError:
+    return _refusal(f"{name}: {value} given, the limit is {limit}")
 
 
 def _refusal(problem: str) -> FrameError:

@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvcache.config import KVCacheConfig
-from kvcache.frame import LayerFrame, PlaneFrame, flat_orthonormal, plain_frame
-from kvcache.page import PlaneFormat, Segment
+from kvcache.frame import LayerFrame, PlaneFrame, flat_orthonormal, plain_frame, unbiased
+from kvcache.page import LayerFormat, PlaneFormat, Segment
+from kvcache.trellis import KEPT_SHARE
 from moe_bitnet.errors import CheckpointError, ConfigError, ShapeError
 
 # Added to second moments, relative to their mean diagonal: directions that calibration hardly saw count a little.
@@ -135,8 +136,9 @@ def calibrated_frames(moments: Moments, config: KVCacheConfig) -> list[LayerFram
         )
     page_format = config.page_format(is_calibrated=True)
     return [
-        LayerFrame(
-            key=_key_frame(moments, layer_index, layer.key), value=_value_frame(moments, layer_index, layer.value)
+        _unbiased_layer(
+            LayerFrame(_key_frame(moments, layer_index, layer.key), _value_frame(moments, layer_index, layer.value)),
+            layer,
         )
         for layer_index, layer in enumerate(page_format.layers)
     ]
@@ -209,6 +211,28 @@ def _join(mean: Tensor, heads: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Plane
 
 
 def plain_frames(config: KVCacheConfig) -> list[LayerFrame]:
-    """Return the maps that need no calibration, the same for every layer."""
-    frame = plain_frame(config.num_kv_heads, config.head_dim)
-    return [LayerFrame(frame, frame)] * config.num_layers
+    """Return the maps that need no calibration: one rotation for all, lengthened for each layer's widths."""
+    rotation = plain_frame(config.num_kv_heads, config.head_dim)
+    layers = config.page_format(is_calibrated=False).layers
+    frames = {layer: _unbiased_layer(LayerFrame(rotation, rotation), layer) for layer in set(layers)}
+    return [frames[layer] for layer in layers]  # layers of the same widths share their tensors
+
+
+def _unbiased_layer(frame: LayerFrame, layer: LayerFormat) -> LayerFrame:
+    return LayerFrame(
+        *(
+            plane if plane_format.num_bits == 16 else unbiased(plane, _kept_share(plane_format))
+            for plane, plane_format in ((frame.key, layer.key), (frame.value, layer.value))
+        )
+    )
+
+
+def _kept_share(plane_format: PlaneFormat) -> Tensor:
+    """Return what codes keep of each channel, float64 ``[head_dim]``."""
+    segments = plane_format.segments
+    if len(segments) == 1:  # of values it counts tokens: all channels have its width
+        segments = (Segment(plane_format.head_dim, segments[0].num_bits),)
+    shares = [KEPT_SHARE[segment.num_bits] for segment in segments]
+    return torch.tensor(shares, dtype=torch.float64).repeat_interleave(
+        torch.tensor([segment.num_elements for segment in segments])
+    )

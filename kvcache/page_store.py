@@ -218,6 +218,7 @@ class PageStore:
                 for plane in (frame.key, frame.value):
                     digest.update(plane.mean.cpu().numpy().tobytes())
                     digest.update(plane.encode_matrix.cpu().numpy().tobytes())
+                    digest.update(plane.decode_matrix.cpu().numpy().tobytes())
             self._format_id = digest.digest()
         return self._format_id
 

@@ -31,6 +31,13 @@ LARGEST_LEVEL = 127
 # One standard deviation is 1 / LEVEL_UNIT levels: level 127 lies at 3.4 deviations.
 LEVEL_UNIT = 3.4 / LARGEST_LEVEL
 
+KEPT_SHARE = {8: 1.0, 4: 0.993, 2: 0.914, 1: 0.697}
+"""What a level keeps of a Gaussian element on average: the mean of ``x * level`` over that of ``x * x``.
+
+Levels are the means of the elements that they stand for, so they are shorter than these: by the share of the variance
+that is lost, the least squared error's price. ``calibration.py`` gives it back.
+"""
+
 # fmt: off
 LEVELS: dict[int, tuple[int, ...]] = {
     4: (

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -6,8 +7,9 @@ from page_factories import exact_page
 
 from kvcache import KVCacheConfig
 from kvcache.calibration import Moments, calibrated_frames, plain_frames
-from kvcache.codec import decode_keys, encode_layer
+from kvcache.codec import decode_keys, decode_layer, encode_layer
 from kvcache.page import PAGE_SIZE
+from kvcache.trellis import KEPT_SHARE
 from moe_bitnet.errors import CheckpointError, ConfigError, ShapeError
 
 CONFIG = KVCacheConfig(num_layers=2, num_kv_heads=2, head_dim=64, key_bits=4, value_bits=4)
@@ -45,15 +47,44 @@ def test_moments_of_two_halves_are_those_of_the_whole():
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 2), (4, 2), (16, 16)])
-def test_maps_are_inverse_and_of_the_formats_segments(bits):
+@pytest.mark.parametrize("is_calibrated", [True, False])
+def test_maps_are_inverse_but_for_what_codes_keep(bits, is_calibrated):
     config = dataclasses.replace(CONFIG, key_bits=bits[0], value_bits=bits[1])
-    frames = calibrated_frames(moments_of(*skewed_tokens()), config)
-    page_format = config.page_format(is_calibrated=True)
+    frames = calibrated_frames(moments_of(*skewed_tokens()), config) if is_calibrated else plain_frames(config)
+    page_format = config.page_format(is_calibrated)
     for frame, layer in zip(frames, page_format.layers, strict=True):
-        for plane in (frame.key, frame.value):
-            product = plane.encode_matrix.double() @ plane.decode_matrix.double()
-            torch.testing.assert_close(product, torch.eye(64).double().expand(2, 64, 64), rtol=0, atol=1e-4)
-        assert frame.key.segment_weights.shape == (2, max(1, len(layer.key.segments)))
+        for plane, plane_format in ((frame.key, layer.key), (frame.value, layer.value)):
+            product = plane.decode_matrix.double() @ plane.encode_matrix.double()
+            expected = torch.diag(1 / channel_shares(plane_format)).expand(2, 64, 64)
+            torch.testing.assert_close(product, expected, rtol=0, atol=2e-4)
+        assert frame.key.segment_weights.shape == (2, max(1, len(layer.key.segments)) if is_calibrated else 1)
+
+
+def channel_shares(plane_format):
+    """What the codes of each channel keep; a value's only segment counts tokens, as many as channels here."""
+    shares = [[KEPT_SHARE[segment.num_bits]] * segment.num_elements for segment in plane_format.segments]
+    return torch.tensor(list(itertools.chain(*shares)) or [1.0] * 64, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("is_calibrated", [True, False])
+def test_what_is_read_is_on_average_what_was_written(bits, is_calibrated):
+    """Regression of what is read on what was written, in the channels that are coded: 1, not the share kept."""
+    config = dataclasses.replace(CONFIG, key_bits=bits, value_bits=bits)
+    moments = moments_of(*skewed_tokens())
+    frame = (calibrated_frames(moments, config) if is_calibrated else plain_frames(config))[0]
+    layer = config.page_format(is_calibrated).layers[0]
+    _, key, value = skewed_tokens(seed=1)
+    pages = range(0, 3 * PAGE_SIZE, PAGE_SIZE)
+    packed = [
+        encode_layer(layer, frame, exact_page(layer, *(x[p : p + PAGE_SIZE] for x in (key, value)))) for p in pages
+    ]
+    read = [decode_layer(layer, page) for page in packed]
+    for plane, x, levels in zip((frame.key, frame.value), (key, value), zip(*read, strict=True), strict=True):
+        written = plane.encode(x[: 3 * PAGE_SIZE].half().float().transpose(0, 1)).double()
+        lengthened = (plane.decode(torch.cat(levels, dim=1)) - plane.mean.unsqueeze(1)).double()
+        slope = (written * (lengthened @ plane.encode_matrix.double())).sum() / written.square().sum()
+        assert abs(slope - 1) < 0.02
 
 
 def test_mapped_keys_have_unit_variance_and_no_mean():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvcache.frame import flat_orthonormal, plain_frame
+from kvcache.frame import flat_orthonormal, plain_frame, unbiased
 
 
 @pytest.mark.parametrize("size", [1, 8, 16, 40, 64, 80, 96, 128])
@@ -35,3 +35,10 @@ def test_scores_and_sums_need_no_decoded_vector():
     weights = weights[:, :10].softmax(dim=1) * 0.7
     mixed = weights @ y @ frame.decode_matrix[0] + weights.sum() * mean
     torch.testing.assert_close(mixed, weights @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_channels_that_come_back_short_are_lengthened():
+    x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0))
+    kept_share = torch.linspace(0.5, 1, 64, dtype=torch.float64)
+    plain = plain_frame(2, 64)
+    torch.testing.assert_close(unbiased(plain, kept_share).decode(plain.encode(x) * kept_share.float()), x)

@@ -95,8 +95,8 @@ def unbiased(frame: PlaneFrame, kept_share: Tensor) -> PlaneFrame:
 
     The nearest code of a vector is shorter than the vector: by 9 % at 2 bits, 0.7 % at 4. As an error of one token
     that is as small as errors get. But attention adds up tokens: their other errors cancel, this one does not, and
-    scores of old tokens are all too flat. Without it errors of single tokens grow by the same few per cent, and the
-    divergence of SmolLM2's logits falls by a third at 2 bits (docs/experiments.md).
+    scores of old tokens are all too flat. Lengthening adds the same few per cent to the errors of single tokens, and
+    takes a third from the divergence of SmolLM2's logits at 2 bits (docs/experiments.md).
 
     Args:
         frame: whose ``decode_matrix`` is the inverse of ``encode_matrix``.

@@ -1,6 +1,7 @@
 """The devices that ``moe-bitnet place`` plans on: logical ones, a catalogue's, a file's, or those of a Ray cluster."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,7 +97,11 @@ def _discover(address: str | None, reserved_bytes: int | None, labels: dict[str,
     from cluster.runtime import connect
 
     with connect(ClusterConfig(address=address)):
-        return discover_topology(reserved_bytes, labels=labels)
+        topology = discover_topology(reserved_bytes, labels=labels)
+    if address is None and len({device.node_id for device in topology.devices}) == 1:
+        # a Ray of this command alone: its node ends with it, and a written plan must not ask for it again
+        return Topology(tuple(dataclasses.replace(device, node_id=None) for device in topology.devices))
+    return topology
 
 
 def _labels(texts: Sequence[str]) -> dict[str, str]:

@@ -64,11 +64,11 @@ class HostConnection:
         self.socket.connect(endpoint)
 
     def send(self, frame: bytes) -> None:
-        """Send a frame, without waiting; on a lost connection it is silently lost too."""
+        """Send a frame, without waiting; on a lost connection it is lost too, and :attr:`loss` says why."""
         try:
-            self.socket.send(frame, zmq.NOBLOCK, copy=False)
+            self.socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
-            self.loss = self.loss or "its queue is full"
+            self.loss = self.notice_loss() or "its queue is full"
 
     def receive(self) -> Received | None:
         """Return the next answer that is here, or ``None``.

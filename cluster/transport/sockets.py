@@ -80,7 +80,8 @@ def set_common_options(socket: zmq.Socket[Any], heartbeat_s: float, max_frame_by
     """Set what both ends of a connection need: heartbeats, limits, and no waiting when it is closed."""
     socket.linger = 0
     socket.sndhwm = socket.rcvhwm = _QUEUED_FRAMES
-    socket.maxmsgsize = max_frame_bytes  # a larger message ends the connection before memory is taken for it
+    # a larger message, encrypted or not, ends the connection before memory is taken for it
+    socket.maxmsgsize = max_frame_bytes + _CURVE_BYTES
     # a ping after a third of the silence that is allowed, the rest for its answer; the end that is asked
     # takes three silences of the other for its loss
     interval_ms = max(1, int(heartbeat_s * 1000 / 3))

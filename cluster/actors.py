@@ -18,6 +18,8 @@ from cluster.expert_host import ExpertHost
 from cluster.expert_source import CheckpointSource
 from cluster.expert_store import ExpertSlice, ExpertStore, join_slices
 from cluster.machine import machine_id
+from cluster.transport.bulk import DISPATCHER, BulkChannel, Rendezvous
+from cluster.transport.bulk_host import BulkHost
 from cluster.transport.server import FrameServer
 from cluster.transport.sockets import HostAddress
 from moe_bitnet.config import ModelConfig
@@ -88,9 +90,10 @@ class ExpertHostActor:
         self._host = ExpertHost(store, settings.epoch)
         self._directory: Directory | None = None
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // settings.num_sharers))
+        self._bulk = BulkHost(self._host.answer, self._host.limits)
         self._server = FrameServer(
             settings.device_name,
-            self._host.answer,
+            self._bulk.answer,
             self._host.limits.max_frame_bytes,
             ray.util.get_node_ip_address() if settings.listens_to_network else None,
             machine_id(),
@@ -111,6 +114,14 @@ class ExpertHostActor:
     def allow(self, public_key: str) -> None:
         """Let one more dispatcher connect from another machine."""
         self._server.allow(public_key)
+
+    def open_bulk(self, timeout_s: float) -> tuple[int, list[tuple[str, bytes]]]:
+        """Begin to open a bulk channel; see :meth:`cluster.transport.bulk_host.BulkHost.open`."""
+        return self._bulk.open(ray.util.get_node_ip_address(), timeout_s)
+
+    def put_bulk(self, channel_id: int, key: str, value: bytes) -> None:
+        """Take what the dispatcher's end of a bulk channel published."""
+        self._bulk.put(channel_id, key, value)
 
     def load(self, order: LoadOrder) -> int:
         """Take experts beside those that are here; returns the bytes held."""
@@ -189,6 +200,23 @@ class RayHost:
         """
         reference = getattr(self.actor, method).remote(*arguments)
         return lambda: self._wait(reference)
+
+    def open_bulk(self, ip: str, timeout_s: float) -> tuple[BulkChannel, int]:
+        """Open a bulk channel to the host.
+
+        Args:
+            ip: of this machine, to listen at.
+            timeout_s: for connecting, and for each frame.
+        Returns:
+            this end, and the id by which the host knows it.
+        Raises:
+            HostDownError: the ends do not find each other.
+        """
+        channel_id, published = self.call("open_bulk", timeout_s)()
+        rendezvous = Rendezvous(lambda key, value: self.call("put_bulk", channel_id, key, value)(), timeout_s)
+        for key, value in published:
+            rendezvous.put(key, value)
+        return BulkChannel(rendezvous, DISPATCHER, ip, timeout_s), channel_id
 
     def is_alive(self, timeout_s: float) -> bool:
         """Whether the actor answers in time."""

@@ -27,7 +27,7 @@ from cluster.ray_metrics import MetricsPublisher
 from cluster.remote_experts import HOME, Dispatcher, DispatchPlan, RemoteExperts, RowRules
 from cluster.shelf import Shelf
 from cluster.transport.header import FrameLimits
-from cluster.transport.links import HostLinks, LinkTimes
+from cluster.transport.links import BulkPath, HostLinks, LinkTimes
 from cluster.transport.meter import TrafficMeter
 from cluster.transport.sockets import HostAddress, KeyPair, remove_socket_folder
 from moe_bitnet.checkpoint.pack import model_layout
@@ -107,6 +107,7 @@ class ExpertCluster:
             self._dispatcher.follow(plan, self._addresses.values())
             for name in self._hosts:
                 self._links.probe(name)  # warm up: connected, and the handshake done
+            self._open_bulk()
             self._announce(plan)
         except BaseException:
             self.close()
@@ -181,6 +182,7 @@ class ExpertCluster:
                 self._leave(old, self.epoch)
                 raise
             self._dispatcher.follow(plan, [self._addresses[name] for name in self._names(placement)])
+            self._open_bulk()
             self._leave(placement, plan.epoch)
             logger.info("plan %d is in force on %d devices", plan.epoch, placement.num_devices)
 
@@ -269,6 +271,22 @@ class ExpertCluster:
             num_sharers=self._num_sharers(placement, device.node_id),
         )
         return RayHost.start(settings, self._config.connect_timeout_s, device.node_id)
+
+    def _open_bulk(self) -> None:
+        """Open bulk channels to hosts on other machines that have none, if they are asked for."""
+        min_bytes, timeout_s = self._config.bulk_min_bytes, self._config.request_timeout_s
+        if min_bytes is None:
+            return
+        for name, host in self._hosts.items():
+            with self._dispatcher.paused():
+                if not self._links.is_encrypted(name) or self._links.has_bulk(name):
+                    continue
+                try:
+                    channel, channel_id = host.open_bulk(ray.util.get_node_ip_address(), timeout_s)
+                except HostDownError as error:
+                    logger.warning("host %s gets large frames by its encrypted socket: %s", name, error)
+                else:
+                    self._links.use_bulk(name, BulkPath(channel, channel_id, min_bytes))
 
     def _num_sharers(self, placement: Placement, node_id: str | None) -> int:
         """Count the processes that share a node's cores: its hosts, and this one if it is there."""

@@ -15,6 +15,7 @@ line prints the message alone and exits with code 2; a bug raises anything else.
     └── ClusterError      Ray or an expert host that does not answer
         ├── FrameError        bytes from a peer that break the protocol
         ├── StalePlanError    a frame of a plan that is no longer, or not yet, followed
+        ├── BulkChannelError  a bulk channel that broke; frames go by the socket again
         └── HostDownError     an expert host that died, cannot be reached or is too slow
 """
 
@@ -69,6 +70,10 @@ class FrameError(ClusterError):
 
 class StalePlanError(ClusterError):
     """A frame follows a plan that its receiver does not follow."""
+
+
+class BulkChannelError(ClusterError):
+    """A bulk channel between a dispatcher and a host broke."""
 
 
 class HostDownError(ClusterError):

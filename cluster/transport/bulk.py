@@ -85,6 +85,7 @@ class BulkChannel:
 
     def __init__(self, rendezvous: Rendezvous, rank: int, ip: str, timeout_s: float) -> None:
         self._rank = rank
+        self._sending: tuple[Any, torch.Tensor] | None = None
         options = _distributed.ProcessGroupGloo._Options()
         options._devices = [_distributed.ProcessGroupGloo.create_device(hostname=ip)]
         options._timeout = timedelta(seconds=timeout_s)
@@ -94,13 +95,15 @@ class BulkChannel:
             raise HostDownError(f"a bulk channel could not be opened ({_first_line(error)}).") from error
 
     def send(self, frame: bytes) -> None:
-        """Send a frame; returns when its bytes may be reused.
+        """Begin to send a frame; it goes on while this end does other things.
 
         Raises:
-            HostDownError: the other end is gone, or does not receive.
+            HostDownError: the other end is gone, or did not receive the frame before.
         """
-        # a copy, because torch does not take memory that may not be written to
-        self._run(lambda: self._group.send([torch.frombuffer(bytearray(frame), dtype=torch.uint8)], self._other, 0))
+        self._finish_sending()
+        # a copy, because torch does not take memory that may not be written to; kept until it is sent
+        buffer = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+        self._sending = (self._start(lambda: self._group.send([buffer], self._other, 0)), buffer)
 
     def receive(self, num_bytes: int) -> memoryview:
         """Receive a frame of a size that was announced.
@@ -109,32 +112,34 @@ class BulkChannel:
             HostDownError: the other end is gone, or does not send.
         """
         buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        self._run(lambda: self._group.recv([buffer], self._other, 0))
+        self._wait(self._start(lambda: self._group.recv([buffer], self._other, 0)))
         return buffer.numpy().data
 
     @property
     def _other(self) -> int:
         return HOST if self._rank == DISPATCHER else DISPATCHER
 
-    def _run(self, start: Callable[[], Any]) -> None:
+    def _finish_sending(self) -> None:
+        if self._sending is not None:
+            work, _ = self._sending
+            self._sending = None
+            self._wait(work)
+
+    def _start(self, start: Callable[[], Any]) -> Any:
         try:
-            start().wait()
+            return start()
         except RuntimeError as error:
-            raise HostDownError(f"a bulk channel broke ({_first_line(error)}).") from error
+            raise _broken(error) from error
 
-
-def open_in_background(
-    rendezvous: Rendezvous, rank: int, ip: str, timeout_s: float, take: Callable[[BulkChannel | None], None]
-) -> None:
-    """Open a channel in a thread, and hand it over, or ``None`` if the other end does not come."""
-
-    def work() -> None:
+    def _wait(self, work: Any) -> None:
         try:
-            take(BulkChannel(rendezvous, rank, ip, timeout_s))
-        except HostDownError:
-            take(None)
+            work.wait()
+        except RuntimeError as error:
+            raise _broken(error) from error
 
-    threading.Thread(target=work, name="bulk-channel", daemon=True).start()
+
+def _broken(error: RuntimeError) -> HostDownError:
+    return HostDownError(f"a bulk channel broke ({_first_line(error)}).")
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@
     combine    header | scales float32 [n] (int8 only) | rows [n, H]
     refusal    header | message, UTF-8
     probe      header
+    bulk       header
 
 All fields are little endian, and so must the host be: the body is copied from and viewed as tensors without swapping
 bytes. Wide parts come first, so every part is aligned in a buffer that is itself aligned.
@@ -23,6 +24,7 @@ from torch import Tensor
 from cluster.transport.frames import (
     HEADER_BYTES,
     MAX_PAIRS_PER_ROW,
+    BulkFrame,
     CombineFrame,
     DispatchFrame,
     ProbeFrame,
@@ -41,7 +43,7 @@ from cluster.transport.header import (
 from cluster.transport.row_format import EXPERT_ID_BYTES, Combine, RowFormat
 from moe_bitnet.errors import FrameError
 
-Frame = DispatchFrame | CombineFrame | RefusalFrame | ProbeFrame
+Frame = DispatchFrame | CombineFrame | RefusalFrame | ProbeFrame | BulkFrame
 Buffer = bytes | bytearray | memoryview
 Bytes = npt.NDArray[np.uint8]
 
@@ -87,6 +89,8 @@ def encode(frame: Frame, request_id: int = 0) -> bytes:
         message = frame.message.encode(errors="replace")[:MAX_MESSAGE_BYTES]
         header = FrameHeader("refusal", "int8", frame.reason, 0, 0, frame.epoch, request_id, 0, len(message))
         return _join(header, [message])
+    if isinstance(frame, BulkFrame):
+        return _join(FrameHeader("bulk", "int8", None, 0, 0, frame.channel_id, request_id, 0, frame.num_bytes), [])
     return _join(FrameHeader("probe", "int8", None, 0, 0, frame.epoch, request_id, 0, 0), [])
 
 
@@ -138,7 +142,7 @@ def _view_parts(header: FrameHeader, weights: Bytes, scales: Bytes, ids: Bytes, 
     if header.kind == "refusal":
         assert isinstance(header.detail, str)
         return RefusalFrame(header.detail, rows.tobytes().decode(errors="replace"), header.epoch)
-    return ProbeFrame(header.epoch)
+    return BulkFrame(header.num_pairs, header.epoch) if header.kind == "bulk" else ProbeFrame(header.epoch)
 
 
 def _check_pairs(ids: Bytes, counts: Bytes, num_pairs: int) -> None:

@@ -2,7 +2,8 @@
 
 A :class:`DispatchFrame` carries token rows from the home to one expert host; a :class:`CombineFrame` carries that
 host's answer: one row for each (row, expert) pair, or one weighted sum for each row, as the dispatch frame asked.
-A :class:`RefusalFrame` says why there is no answer; a :class:`ProbeFrame` asks whether anyone is there.
+A :class:`RefusalFrame` says why there is no answer; a :class:`ProbeFrame` asks whether anyone is there; a
+:class:`BulkFrame` announces one of the first two that comes another way.
 
 Bytes are split in three:
 
@@ -42,9 +43,10 @@ _FORMAT_OF_DTYPE: dict[torch.dtype, RowFormat] = {
     torch.float32: "float32",
 }
 
-RefusalReason = Literal["protocol", "stale plan", "request", "failure"]
+RefusalReason = Literal["protocol", "stale plan", "request", "failure", "bulk"]
 """``"protocol"``: the bytes are no frame, and the connection is dropped; ``"stale plan"``: another epoch;
-``"request"``: what was asked cannot be done here; ``"failure"``: the host itself failed."""
+``"request"``: what was asked cannot be done here; ``"failure"``: the host itself failed; ``"bulk"``: a bulk channel
+broke, and the frame is to come by the socket."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +172,19 @@ def frame_of_checked(kind: type[FrameOfRows], **attributes: object) -> FrameOfRo
     frame = object.__new__(kind)
     vars(frame).update(attributes)
     return frame
+
+
+@dataclass(frozen=True)
+class BulkFrame:
+    """Announces a frame that comes by a bulk channel (module ``bulk``).
+
+    Attributes:
+        num_bytes: of the frame, 1 to 2**32 - 1.
+        channel_id: which channel.
+    """
+
+    num_bytes: int
+    channel_id: int
 
 
 def payload_bytes(frame: DispatchFrame | CombineFrame) -> int:

@@ -26,7 +26,7 @@ from cluster.transport.row_format import (
 )
 from moe_bitnet.errors import FrameError
 
-FrameKind = Literal["dispatch", "combine", "refusal", "probe"]
+FrameKind = Literal["dispatch", "combine", "refusal", "probe", "bulk"]
 
 MAX_MESSAGE_BYTES = 4096
 
@@ -34,8 +34,8 @@ _MAGIC = b"MoEf"
 _VERSION = 2
 _FIELDS = struct.Struct("<4sBBBBHHIIII")
 _CHECKSUM = struct.Struct("<I")
-_REQUEST_ID_OFFSET = 16
-_KIND_CODES: dict[FrameKind, int] = {"dispatch": 1, "combine": 2, "refusal": 3, "probe": 4}
+_KIND_OFFSET, _REQUEST_ID_OFFSET = 5, 16
+_KIND_CODES: dict[FrameKind, int] = {"dispatch": 1, "combine": 2, "refusal": 3, "probe": 4, "bulk": 5}
 _KINDS = {code: kind for kind, code in _KIND_CODES.items()}
 _FORMAT_CODES: dict[RowFormat, int] = {"int8": 1, "float16": 2, "float32": 3, "bfloat16": 4}
 _FORMATS = {code: row_format for row_format, code in _FORMAT_CODES.items()}
@@ -46,7 +46,7 @@ _COMBINES = {
     for row_format, format_code in _FORMAT_CODES.items()
 }
 _COMBINE_CODES = {combine: code for code, combine in _COMBINES.items()}
-_REASON_CODES: dict[RefusalReason, int] = {"protocol": 1, "stale plan": 2, "request": 3, "failure": 4}
+_REASON_CODES: dict[RefusalReason, int] = {"protocol": 1, "stale plan": 2, "request": 3, "failure": 4, "bulk": 5}
 _REASONS = {code: reason for reason, code in _REASON_CODES.items()}
 
 
@@ -76,10 +76,11 @@ class FrameHeader(NamedTuple):
         detail: the :class:`Combine` of a dispatch frame, the reason of a refusal, else ``None``.
         layer_index: MoE layer.
         hidden_size: values in a row; 0 where there are no rows.
-        epoch: number of the sender's plan.
+        epoch: number of the sender's plan; of a bulk frame, its channel.
         request_id: chosen by who asks, repeated by who answers.
         num_rows: rows in the body.
-        num_pairs: (row, expert) pairs of a dispatch frame, bytes of a refusal's message, else 0.
+        num_pairs: (row, expert) pairs of a dispatch frame, bytes of a refusal's message or of what a bulk frame
+            announces, else 0.
     """
 
     kind: FrameKind
@@ -108,6 +109,8 @@ def part_bytes(header: FrameHeader) -> PartBytes:
     kind, row_format, detail, _, hidden_size, _, _, num_rows, num_pairs = header
     if kind == "refusal":
         return PartBytes(0, 0, 0, num_pairs, 0)
+    if kind == "bulk":
+        return PartBytes(0, 0, 0, 0, 0)
     scales = num_rows * scale_bytes(row_format)
     rows = num_rows * row_bytes(hidden_size, row_format) - scales
     if kind != "dispatch":
@@ -153,6 +156,11 @@ def unpack_checksum(frame: memoryview) -> int:
 def peek_request_id(frame: memoryview) -> int:
     """Return the request id that a frame claims, unchecked; 0 if it is too short to have one."""
     return int(_CHECKSUM.unpack_from(frame, _REQUEST_ID_OFFSET)[0]) if len(frame) >= HEADER_BYTES else 0
+
+
+def is_bulk(frame: memoryview) -> bool:
+    """Whether a frame claims to be a bulk frame, unchecked."""
+    return len(frame) == HEADER_BYTES and frame[_KIND_OFFSET] == _KIND_CODES["bulk"]
 
 
 def read_header(frame: memoryview, limits: FrameLimits) -> tuple[FrameHeader, PartBytes]:
@@ -218,6 +226,8 @@ def _check_sizes(kind: FrameKind, num_rows: int, hidden_size: int, num_pairs: in
         max_num_rows = limits.max_num_rows
     elif kind == "refusal":
         max_num_pairs = MAX_MESSAGE_BYTES
+    elif kind == "bulk":
+        max_num_pairs = limits.max_frame_bytes
     if num_rows > max_num_rows:
         raise _over_limit("rows", num_rows, max_num_rows)
     if hidden_size > limits.max_hidden_size:

@@ -14,9 +14,10 @@ from typing import Any
 import zmq
 
 from cluster.config import ClusterConfig
-from cluster.transport.codec import Frame, encode
+from cluster.transport.bulk import BulkChannel
+from cluster.transport.codec import Frame, decode, encode
 from cluster.transport.connection import HostConnection
-from cluster.transport.frames import CombineFrame, DispatchFrame, ProbeFrame, RefusalFrame
+from cluster.transport.frames import BulkFrame, CombineFrame, DispatchFrame, ProbeFrame, RefusalFrame
 from cluster.transport.header import FrameLimits
 from cluster.transport.sockets import HostAddress, KeyPair
 from moe_bitnet.errors import ClusterError, FrameError, HostDownError, StalePlanError
@@ -57,6 +58,21 @@ class Answer:
     error: ClusterError | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class BulkPath:
+    """Another way to a host, for large frames.
+
+    Attributes:
+        channel: this end of it.
+        channel_id: by which the host knows it.
+        min_bytes: smaller frames go by the socket.
+    """
+
+    channel: BulkChannel
+    channel_id: int
+    min_bytes: int
+
+
 @dataclass(eq=False)
 class _Link:
     """A host as this process sees it."""
@@ -64,7 +80,8 @@ class _Link:
     address: HostAddress
     connection: HostConnection
     down_since_s: float | None = None
-    probe_id: int | None = None
+    was_probed: bool = False  # since it went down
+    bulk: BulkPath | None = None
 
 
 class HostLinks:
@@ -98,6 +115,14 @@ class HostLinks:
         self.set_addresses([])
         self._context.term()
 
+    def use_bulk(self, name: str, path: BulkPath) -> None:
+        """Send large frames to a host another way, until that breaks."""
+        self._links[name].bulk = path
+
+    def has_bulk(self, name: str) -> bool:
+        """Whether large frames to a host go another way."""
+        return self._links[name].bulk is not None
+
     def is_encrypted(self, name: str) -> bool:
         """Whether the connection to a host uses CURVE."""
         return self._links[name].connection.is_encrypted
@@ -112,9 +137,19 @@ class HostLinks:
         return link.down_since_s is None
 
     def send(self, name: str, frame: DispatchFrame) -> int:
-        """Send a frame without waiting; returns its request id."""
+        """Send a frame without waiting; returns its request id.
+
+        Raises:
+            ClusterError: the frame is larger than a host takes.
+        """
         request_id = next(self._request_ids)
-        self._links[name].connection.send(encode(frame, request_id))
+        encoded = encode(frame, request_id)
+        if len(encoded) > self._limits.max_frame_bytes:  # the host would end the connection, and seem to be down
+            raise ClusterError(
+                f"a frame of {len(encoded)} bytes for host {name!r} was not sent: the limit is "
+                f"{self._limits.max_frame_bytes}. Run fewer tokens at once."
+            )
+        self._send_encoded(self._links[name], encoded, request_id)
         return request_id
 
     def wait(self, requests: Mapping[str, int]) -> Iterator[Answer]:
@@ -127,8 +162,12 @@ class HostLinks:
         deadline_s = time.monotonic() + self.times.request_timeout_s
         poller = zmq.Poller()
         names: dict[zmq.Socket[Any], str] = {}
-        for name in open_requests:
+        for name in requests:
             connection = self._links[name].connection
+            if connection.loss is not None:  # noticed already, so that no event will come
+                del open_requests[name]
+                yield self._set_down(name, connection.loss)
+                continue
             for socket in (connection.socket, connection.monitor):  # answers before losses
                 poller.register(socket, zmq.POLLIN)
                 names[socket] = name
@@ -157,15 +196,29 @@ class HostLinks:
         """
         link = self._links[name]
         start_s = time.perf_counter()
-        link.probe_id = self._send_probe(link)
-        while link.probe_id is not None:
+        request_id = self._send_probe(link)
+        while request_id not in self._read_probes(link):
             remaining_s = self.times.request_timeout_s - (time.perf_counter() - start_s)
             if remaining_s <= 0 or link.connection.notice_loss():
                 raise self._down(name, link.connection.loss or "it did not answer in time")
             link.connection.socket.poll(int(min(remaining_s * 1000, 20)))
-            self._take_probe(link)
         link.down_since_s = None
         return time.perf_counter() - start_s
+
+    def _send_encoded(self, link: _Link, encoded: bytes, request_id: int) -> None:
+        bulk = link.bulk
+        if bulk is None or len(encoded) < bulk.min_bytes:
+            link.connection.send(encoded)
+            return
+        link.connection.send(encode(BulkFrame(len(encoded), bulk.channel_id), request_id))
+        try:
+            bulk.channel.send(encoded)
+        except HostDownError as error:  # the host will say so too, and the frame is sent again
+            self._leave_bulk(link, str(error))
+
+    def _leave_bulk(self, link: _Link, why: str) -> None:
+        logger.warning("host %s gets large frames by its socket again: %s", link.address.device_name, why)
+        link.bulk = None
 
     def _connect(self, address: HostAddress) -> HostConnection:
         return HostConnection(
@@ -187,17 +240,36 @@ class HostLinks:
         try:
             received = link.connection.receive()
         except FrameError as error:
-            self._set_down(name, "it sent damaged bytes")
+            link.connection.loss = "it sent damaged bytes"
+            self._set_down(name, link.connection.loss)
             return Answer(name, None, error)
-        if received is None or received.request_id != request_id:
+        if received is None:
+            return None
+        frame = received.frame
+        if isinstance(frame, BulkFrame):  # even a late one must be taken out of the channel
+            try:
+                frame = self._receive_bulk(link, frame)
+            except (HostDownError, FrameError) as error:
+                self._leave_bulk(link, str(error))
+                return Answer(name, None, HostDownError(str(error))) if received.request_id == request_id else None
+        if received.request_id != request_id:
             return None  # a late answer to an older request
-        return self._read(name, received.frame)
+        return self._read(name, frame)
+
+    def _receive_bulk(self, link: _Link, announced: BulkFrame) -> Frame:
+        if link.bulk is None or announced.channel_id != link.bulk.channel_id:
+            raise HostDownError("an answer was announced for a bulk channel that is closed.")
+        return decode(link.bulk.channel.receive(announced.num_bytes), self._limits).frame
 
     def _read(self, name: str, frame: Frame) -> Answer:
         if isinstance(frame, CombineFrame):
             return Answer(name, frame)
         if isinstance(frame, RefusalFrame):
+            if frame.reason == "bulk":
+                self._leave_bulk(self._links[name], frame.message)
+                return Answer(name, None, HostDownError(frame.message))  # asked again, by the socket
             if frame.reason == "protocol":
+                self._links[name].connection.loss = "it dropped the connection"  # it does not listen to it any more
                 self._set_down(name, "it dropped the connection")
             kind = {"protocol": FrameError, "stale plan": StalePlanError}.get(frame.reason, ClusterError)
             message = frame.message if frame.reason != "failure" else f"host {name!r} failed: {frame.message}"
@@ -209,7 +281,7 @@ class HostLinks:
 
     def _down(self, name: str, why: str) -> HostDownError:
         link = self._links[name]
-        link.down_since_s, link.probe_id = time.monotonic(), None
+        link.down_since_s, link.was_probed = time.monotonic(), False
         error = HostDownError(
             f"host {name!r} is down ({why}). It is tried again every {self.times.retry_after_s} s; "
             f"start it again if it died, or raise request_timeout_s if it is slow."
@@ -219,31 +291,30 @@ class HostLinks:
 
     def _try_again(self, link: _Link) -> None:
         assert link.down_since_s is not None
-        if link.probe_id is not None:
-            self._take_probe(link)
-            if link.probe_id is None:
-                link.down_since_s = None
-                logger.info("host %s is up again", link.address.device_name)
-                return
+        if self._read_probes(link) and link.was_probed:  # the answer to any of them, however late, is a sign of life
+            link.down_since_s = None
+            logger.info("host %s is up again", link.address.device_name)
+            return
         if time.monotonic() - link.down_since_s < self.times.retry_after_s:
             return
         if link.connection.notice_loss():
             link.connection.close()
             link.connection = self._connect(link.address)
-        link.down_since_s = time.monotonic()
-        link.probe_id = self._send_probe(link)
+        link.down_since_s, link.was_probed = time.monotonic(), True
+        self._send_probe(link)
 
     def _send_probe(self, link: _Link) -> int:
         request_id = next(self._request_ids)
         link.connection.send(encode(ProbeFrame(), request_id))
         return request_id
 
-    def _take_probe(self, link: _Link) -> None:
-        """Read all that a host sent; its probe, if it is among that, is answered."""
+    def _read_probes(self, link: _Link) -> list[int]:
+        """Read all that a host sent; returns the request ids of the probes that came back."""
+        answered = []
         try:
             while (received := link.connection.receive()) is not None:
-                if received.request_id == link.probe_id and isinstance(received.frame, ProbeFrame):
-                    link.probe_id = None
-                    return
+                if isinstance(received.frame, ProbeFrame):
+                    answered.append(received.request_id)
         except FrameError:
             link.connection.loss = "it sent damaged bytes"
+        return answered

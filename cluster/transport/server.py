@@ -4,6 +4,7 @@ A peer that sends bytes which are no frame gets a refusal and is not listened to
 whose key was not allowed never gets as far as sending a frame: its handshake fails.
 """
 
+import ipaddress
 import logging
 import os
 import shutil
@@ -21,7 +22,7 @@ from cluster.transport.codec import encode
 from cluster.transport.frames import RefusalFrame, RefusalReason
 from cluster.transport.header import peek_request_id
 from cluster.transport.sockets import FOLDER_PREFIX, ZAP_DOMAIN, HostAddress, KeyPair, set_common_options
-from moe_bitnet.errors import FrameError, MoEBitNetError, StalePlanError
+from moe_bitnet.errors import BulkChannelError, ClusterError, ConfigError, FrameError, MoEBitNetError, StalePlanError
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +54,16 @@ class FrameServer:
         device_name: of the device that is served.
         answer: frame → answer; may raise :class:`moe_bitnet.errors.MoEBitNetError`, which the peer is told.
         max_frame_bytes: larger frames end their connection unread.
-        ip: address to bind TCP to, or ``None`` for this machine alone. Never bound to all interfaces.
+        ip: address to bind TCP to, or ``None`` for this machine alone. Never that of all interfaces.
         machine_id: see :class:`cluster.transport.sockets.HostAddress`.
         heartbeat_s: see :class:`cluster.config.ClusterConfig`.
 
     Raises:
-        zmq.ZMQError: the address cannot be bound.
+        ConfigError: ``ip`` is no address, or stands for all interfaces.
+        ClusterError: the address cannot be bound.
+
+    A peer that was let in is trusted in one thing: ZeroMQ bounds each part of a message (``max_frame_bytes``), but
+    keeps parts until the last one has come, however many they are.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class FrameServer:
         machine_id: str = "",
         heartbeat_s: float = 0.6,
     ) -> None:
+        endpoint = None if ip is None else _tcp_endpoint(ip)
         self._answer = answer
         self._keys, self._allowed = KeyPair.generate(), _AllowedKeys()
         self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))  # mode 0700
@@ -80,15 +86,21 @@ class FrameServer:
         self._authenticator.start()
         self._authenticator.configure_curve_callback(ZAP_DOMAIN.decode(), self._allowed)
         local = f"ipc://{self._folder}/{os.getpid()}"
-        self._sockets = [self._listen(local, heartbeat_s, max_frame_bytes)]
-        remote = None
-        if ip is not None:
-            socket = self._listen(f"tcp://{_bracketed(ip)}:*", heartbeat_s, max_frame_bytes, is_encrypted=True)
-            remote = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-            self._sockets.append(socket)
+        self._sockets: list[zmq.Socket[Any]] = []
         self._stop_name = f"inproc://stop-{id(self)}"
         self._stopper = self._context.socket(zmq.PAIR)
         self._stopper.bind(self._stop_name)
+        remote = None
+        try:
+            self._listen(local, heartbeat_s, max_frame_bytes)
+            if endpoint is not None:
+                remote = self._listen(endpoint, heartbeat_s, max_frame_bytes, is_encrypted=True)
+        except zmq.ZMQError as error:
+            self.stop()
+            raise ClusterError(
+                f"host {device_name!r} cannot listen at {local}{'' if ip is None else f' and {ip}'} ({error}). "
+                f"Give an address of this machine, and a shorter TMPDIR if the path is too long."
+            ) from error
         self.address = HostAddress(device_name, machine_id, local, remote, self._keys.public)
 
     def __enter__(self) -> "FrameServer":
@@ -122,10 +134,10 @@ class FrameServer:
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _listen(
-        self, endpoint: str, heartbeat_s: float, max_frame_bytes: int, is_encrypted: bool = False
-    ) -> zmq.Socket[Any]:
+    def _listen(self, endpoint: str, heartbeat_s: float, max_frame_bytes: int, is_encrypted: bool = False) -> str:
+        """Open one more socket; returns the endpoint with the port that it got."""
         socket = self._context.socket(zmq.ROUTER)
+        self._sockets.append(socket)
         set_common_options(socket, heartbeat_s, max_frame_bytes)
         if is_encrypted:
             socket.curve_server = True
@@ -134,7 +146,7 @@ class FrameServer:
             socket.zap_domain = ZAP_DOMAIN
             socket.ipv6 = "[" in endpoint
         socket.bind(endpoint)
-        return socket
+        return socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def _serve(self) -> None:
         poller = zmq.Poller()
@@ -164,6 +176,8 @@ class FrameServer:
         except FrameError as error:
             answer = _refusal("protocol", error, frame)
             self._drop(key)
+        except BulkChannelError as error:
+            answer = _refusal("bulk", error, frame)
         except StalePlanError as error:
             answer = _refusal("stale plan", error, frame)
         except MoEBitNetError as error:
@@ -191,5 +205,11 @@ def _refusal(reason: RefusalReason, error: Exception, frame: memoryview) -> byte
     return encode(RefusalFrame(reason, message), peek_request_id(frame))
 
 
-def _bracketed(ip: str) -> str:
-    return f"[{ip}]" if ":" in ip else ip
+def _tcp_endpoint(ip: str) -> str:
+    try:
+        address = ipaddress.ip_address(ip)
+    except ValueError as error:
+        raise ConfigError(f"FrameServer: ip is {ip!r}; give an IPv4 or IPv6 address of this machine.") from error
+    if address.is_unspecified:
+        raise ConfigError(f"FrameServer: ip {ip!r} stands for all interfaces; give the one that the cluster uses.")
+    return f"tcp://[{ip}]:*" if address.version == 6 else f"tcp://{ip}:*"

@@ -54,6 +54,14 @@ class LayerCounts:
         for expert_id in np.flatnonzero(self.device_of_expert != device_of_expert):
             self.move(int(expert_id), int(device_of_expert[expert_id]))
 
+    def cost(self) -> float:
+        """Return :func:`cluster.placement.layer_problem.layer_cost` of the placement."""
+        problem = self.problem
+        visits = np.count_nonzero(self._copies, axis=0)
+        overload = np.maximum(0.0, self.loads - problem.load_cap).sum()
+        moving = problem.expert_costs[self._experts, self.device_of_expert].sum()
+        return float(visits @ problem.visit_costs + moving + problem.overload_cost * overload)
+
     def move_gains(self, expert_id: int) -> FloatArray:
         """Return the cost that moving an expert to each device saves; -inf where it is or has no room."""
         problem, source = self.problem, self.device_of_expert[expert_id]

@@ -1,17 +1,22 @@
 """Improves the placement of one layer by moves and swaps, and shakes it when none helps.
 
-A sweep visits the experts in random order and does for each the best move or swap, if it saves anything; sweeps
-go on until one changes nothing. Then the experts of two devices are dealt anew, or a few experts swapped, or in a
+A sweep visits experts in random order and does for each the best move or swap, if it saves anything; sweeps go on
+until one changes nothing. Then the experts of two devices are dealt anew, or a few experts swapped, or in a
 small layer all dealt anew, at random, and it all goes again from the best placement so far (iterated local
-search); one that is as good takes its place, so that the search drifts over plateaus.
+search); one that is as good takes its place, so that the search drifts over plateaus. After a shake only
+experts on devices that changed are visited, until they have come to rest; every expert gets its
+turn again at the end.
+
 The same generator gives the same placement; no clock is asked.
 """
+
+from collections.abc import Collection
 
 import numpy as np
 
 from cluster.placement.arrays import IntArray
 from cluster.placement.layer_counts import LayerCounts
-from cluster.placement.layer_problem import LayerProblem, layer_cost
+from cluster.placement.layer_problem import LayerProblem
 
 _MIN_GAIN = 1e-6
 """Of one visit: what is less is rounding."""
@@ -32,39 +37,50 @@ def improve_layer(problem: LayerProblem, start: IntArray, num_shakes: int, gener
         ``[num_experts]`` device indices; no single move or swap makes them cheaper.
     """
     counts = LayerCounts(problem, start)
-    _descend(counts, generator)
-    best, best_cost = counts.device_of_expert.copy(), layer_cost(problem, counts.device_of_expert)
+    everywhere = range(problem.num_devices)
+    _settle(counts, everywhere, generator)
+    best, best_cost = counts.device_of_expert.copy(), counts.cost()
     shakes = [_deal_two_devices, _swap_some, *([_deal_all] if problem.num_experts <= _SMALL_LAYER else [])]
     for shake in range(num_shakes if problem.num_devices > 1 else 0):
-        counts.place(shakes[shake % len(shakes)](best, problem, generator))
-        _descend(counts, generator)
-        cost = layer_cost(problem, counts.device_of_expert)
-        if cost <= best_cost + _MIN_GAIN:
-            best, best_cost = counts.device_of_expert.copy(), cost
-    return best
+        shaken = shakes[shake % len(shakes)](best, problem, generator)
+        moved = np.flatnonzero(shaken != counts.device_of_expert)
+        touched = {*counts.device_of_expert[moved].tolist(), *shaken[moved].tolist()}
+        counts.place(shaken)
+        _settle(counts, touched, generator)
+        if counts.cost() <= best_cost + _MIN_GAIN:
+            best, best_cost = counts.device_of_expert.copy(), counts.cost()
+    counts.place(best)
+    _settle(counts, everywhere, generator)
+    return counts.device_of_expert
 
 
-def _descend(counts: LayerCounts, generator: np.random.Generator) -> None:
-    """Sweep until a whole sweep changes nothing; every change saves cost, so that there is an end."""
-    has_changed = True
-    while has_changed:
-        order = generator.permutation(counts.problem.num_experts).tolist()
-        has_changed = sum(_improve(counts, expert_id) for expert_id in order) > 0
+def _settle(counts: LayerCounts, devices: Collection[int], generator: np.random.Generator) -> None:
+    """Improve the experts on some devices, and on those that this changes, until nothing more helps them.
+
+    Every change saves cost, so that there is an end.
+    """
+    changed = set(devices)
+    while changed:
+        experts = np.flatnonzero(np.isin(counts.device_of_expert, list(changed)))
+        changed = set()
+        for expert_id in generator.permutation(experts).tolist():
+            changed |= _improve(counts, expert_id)
 
 
-def _improve(counts: LayerCounts, expert_id: int) -> bool:
-    """Do the best move or swap of one expert; returns whether any helped."""
+def _improve(counts: LayerCounts, expert_id: int) -> set[int]:
+    """Do the best move or swap of one expert; returns the devices that it changed."""
     moves, swaps = counts.move_gains(expert_id), counts.swap_gains(expert_id)
     device, partner = int(moves.argmax()), int(swaps.argmax())
     if max(moves[device], swaps[partner]) <= _MIN_GAIN:
-        return False
+        return set()
+    source = int(counts.device_of_expert[expert_id])
     if moves[device] >= swaps[partner]:
         counts.move(expert_id, device)
-        return True
-    source, target = int(counts.device_of_expert[expert_id]), int(counts.device_of_expert[partner])
+        return {source, device}
+    target = int(counts.device_of_expert[partner])
     counts.move(expert_id, target)
     counts.move(partner, source)
-    return True
+    return {source, target}
 
 
 def _deal_two_devices(placed: IntArray, problem: LayerProblem, generator: np.random.Generator) -> IntArray:

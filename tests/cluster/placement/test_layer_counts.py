@@ -18,6 +18,7 @@ def test_gains_are_what_the_definition_says_after_any_number_of_moves(
     for _ in range(4):
         placed = counts.device_of_expert.copy()
         before = layer_cost(problem, placed)
+        assert counts.cost() == pytest.approx(before, abs=1e-6)
         for expert in range(num_experts):
             moves, swaps = counts.move_gains(expert), counts.swap_gains(expert)
             assert moves[placed[expert]] == -np.inf

@@ -131,6 +131,7 @@ class Relay:
         self.port = self._listener.getsockname()[1]
         self.to_target = self.from_target = 0
         self._is_cut = self._is_silent = self._is_over = False
+        self._last_byte = float("inf")
         self._pairs = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -155,13 +156,24 @@ class Relay:
         """End all connections and take no new one."""
         self._is_cut = True
 
+    def cut_after(self, num_bytes):
+        """Cut the link when the target has sent so many more bytes."""
+        self._last_byte = self.from_target + num_bytes
+
     def restore(self):
         """Work again; what was swallowed is lost."""
         self._is_silent = self._is_cut = False
+        self._last_byte = float("inf")
+
+    @property
+    def num_connections(self):
+        """Connections that pass through."""
+        return len(self._pairs) // 2
 
     def _run(self):
         while not self._is_over:
-            if self._is_cut:
+            if self._is_cut or self.from_target >= self._last_byte:
+                self._is_cut = True
                 self._end_pairs()
             for key, _ in self._selector.select(0.01):
                 if key.fileobj is self._listener:

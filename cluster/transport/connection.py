@@ -61,6 +61,7 @@ class HostConnection:
             self.socket.curve_secretkey = keys.secret.encode()
             self.socket.ipv6 = "[" in endpoint
         self.monitor = self.socket.get_monitor_socket(_EVENTS)
+        self.sockets = (self.socket, self.monitor)  # to be polled in this order: answers before losses
         self.socket.connect(endpoint)
 
     def send(self, frame: bytes) -> None:

@@ -160,20 +160,17 @@ class HostLinks:
         """
         open_requests = dict(requests)
         deadline_s = time.monotonic() + self.times.request_timeout_s
-        poller = zmq.Poller()
-        names: dict[zmq.Socket[Any], str] = {}
         for name in requests:
-            connection = self._links[name].connection
-            if connection.loss is not None:  # noticed already, so that no event will come
+            loss = self._links[name].connection.loss
+            if loss is not None:  # noticed already, so that no event will come
                 del open_requests[name]
-                yield self._set_down(name, connection.loss)
-                continue
-            for socket in (connection.socket, connection.monitor):  # answers before losses
-                poller.register(socket, zmq.POLLIN)
-                names[socket] = name
+                yield self._set_down(name, loss)
         while open_requests:
             remaining_s = deadline_s - time.monotonic()
-            ready = poller.poll(int(remaining_s * 1000) + 1) if remaining_s > 0 else []
+            names = {socket: name for name in open_requests for socket in self._links[name].connection.sockets}
+            # without a Poller, which would cost more than this call: register and unregister every time
+            polled = [(socket, zmq.POLLIN) for socket in names]
+            ready = zmq.zmq_poll(polled, int(remaining_s * 1000) + 1) if remaining_s > 0 else []
             if not ready:
                 yield from [self._set_down(name, "it did not answer in time") for name in open_requests]
                 return
@@ -184,8 +181,6 @@ class HostLinks:
                 answer = self._look(name, socket, open_requests[name])
                 if answer is not None:
                     del open_requests[name]
-                    for each in (self._links[name].connection.socket, self._links[name].connection.monitor):
-                        poller.unregister(each)
                     yield answer
 
     def probe(self, name: str) -> float:

@@ -149,21 +149,21 @@ class FrameServer:
         return socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def _serve(self) -> None:
-        poller = zmq.Poller()
         stop = self._context.socket(zmq.PAIR)
         stop.connect(self._stop_name)
-        for socket in (*self._sockets, stop):
-            poller.register(socket, zmq.POLLIN)
+        polled = [(socket, zmq.POLLIN) for socket in (*self._sockets, stop)]
         while True:
-            for socket, _ in poller.poll():
+            for socket, _ in zmq.zmq_poll(polled):
                 if socket is stop:
                     stop.close(linger=0)
                     return
                 self._take(socket)
 
     def _take(self, socket: zmq.Socket[Any]) -> None:
-        peer, *parts = socket.recv_multipart(copy=False)
-        key = (id(socket), peer.bytes)
+        peer, parts = socket.recv(), [socket.recv(copy=False)]
+        while parts[-1].more:
+            parts.append(socket.recv(copy=False))
+        key = (id(socket), peer)
         if key in self._dropped:
             return
         frame = parts[0].buffer
@@ -186,7 +186,8 @@ class FrameServer:
             logger.exception("host %s failed on a frame", self.address.device_name)
             answer = _refusal("failure", error, frame)
         try:
-            socket.send_multipart([peer.bytes, answer], zmq.NOBLOCK, copy=False)
+            socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
+            socket.send(answer, zmq.NOBLOCK)
         except (
             zmq.ZMQError
         ) as error:  # the peer is gone, or does not read: its answer is lost, as it would be on the way

@@ -23,10 +23,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 
-import torch
 from torch import Tensor
 
 from cluster.placement.placement import Placement
+from cluster.placement.replica_choice import HOME
+from cluster.placement.traffic import route, visits_of_devices
 from cluster.transport.row_format import (
     ROW_METADATA_BYTES,
     Combine,
@@ -147,7 +148,9 @@ def routed_bytes(
     combine: Combine,
     has_dedup: bool = True,
 ) -> TrafficBytes:
-    """Count the bytes of all tokens of an actual routing in one layer, exactly, if all visit primary copies.
+    """Count the bytes of all tokens of an actual routing in one layer, exactly.
+
+    Of several copies each token visits the one that a replay chooses (:func:`cluster.placement.traffic.route`).
 
     Args:
         expert_indices: ``[num_tokens, top_k]`` integers, distinct within a row.
@@ -171,12 +174,11 @@ def routed_bytes(
         )
     if bool(((expert_indices < 0) | (expert_indices >= num_experts)).any()):
         raise ShapeError(f"routed_bytes: expert_indices leave the range 0 to {num_experts - 1} of layer {layer_index}.")
-    device_of_expert = torch.tensor(placement.primary_devices(layer_index))
-    devices = device_of_expert[expert_indices.cpu().long()]  # [T, K]
-    is_visited = torch.zeros(len(devices), placement.num_devices, dtype=torch.bool).scatter_(1, devices, True)
+    copies, num_devices = placement.devices_of_expert[layer_index], placement.num_devices
+    devices = route(copies, expert_indices.cpu().long().numpy(), num_devices)  # [T, K]
     return _traffic(
-        num_pairs=int((devices != 0).sum()),
-        num_visits=int(is_visited[:, 1:].sum()),
+        num_pairs=int((devices != HOME).sum()),
+        num_visits=int(visits_of_devices(devices, num_devices)[1:].sum()),
         dispatch_row_bytes=row_bytes(hidden_size, dispatch_row),
         combine_row_bytes=row_bytes(hidden_size, combine.row_format),
         has_dedup=has_dedup,

@@ -146,7 +146,7 @@ def test_impossible_questions_are_refused() -> None:
             routed_bytes(wrong, placement, 0, 4, "int8", Combine())
 
 
-def test_traffic_is_that_of_primary_copies() -> None:
+def test_a_copy_at_home_costs_nothing_and_uniform_routing_visits_primary_copies() -> None:
     topology = logical_devices(2, 10**9)
     problem = PlacementProblem(1, 4, 1, 0, topology)
     names = [device.name for device in topology.devices]
@@ -154,7 +154,12 @@ def test_traffic_is_that_of_primary_copies() -> None:
     replicated = Placement.for_problem(problem, names, [[[0, 1], [1, 0], 1, [0]]])
     routing = torch.tensor([[0, 1], [1, 2], [3, 0]])
     for combine in (Combine("rows"), Combine()):
-        counted = [routed_bytes(routing, each, 0, 8, "int8", combine) for each in (replicated, single)]
-        assert counted[0] == counted[1]
+        row, answer = row_bytes(8, "int8"), row_bytes(8, "float32")
+        counted = routed_bytes(routing, replicated, 0, 8, "int8", combine)
+        assert (counted.dispatch_payload_bytes, counted.combine_payload_bytes) == (
+            row,
+            answer,
+        )  # expert 2 alone is away
+        assert routed_bytes(routing, single, 0, 8, "int8", combine).dispatch_payload_bytes == 2 * row
         expected = [expected_bytes_per_token(each, 2, 8, "int8", combine) for each in (replicated, single)]
         assert expected[0] == expected[1]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ClusterConfig
+from cluster.placement.solver import DEFAULT_MAX_IMBALANCE
 from moe_bitnet.checkpoint.native import load_model
 from moe_bitnet.cli import arguments, place_devices
 from moe_bitnet.cli.console import progress_bar, say
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 HELP = "say how many devices a model needs, FP16 against ternary, and start the expert hosts of a run"
-_ONLY_PLANNED = ("context", "shared_bits", "output", "save_topology")
+_ONLY_PLANNED = ("context", "shared_bits", "trace", "replicas", "output", "save_topology")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     counted.add_argument("--kv-format", choices=CACHE_FORMATS, default="FP16", help="of the cache (default: FP16)")
     counted.add_argument(
         "--shared-bits", choices=WEIGHT_BITS, help="of the ternary model's other weights (default: 16, or as packed)"
+    )
+    routing = parser.add_argument_group("routing, with a model")
+    routing.add_argument(
+        "--trace", type=Path, metavar="FILE", help="Parquet file: experts visited together share devices"
+    )
+    routing.add_argument(
+        "--max-imbalance",
+        type=float,
+        default=DEFAULT_MAX_IMBALANCE,
+        metavar="X",
+        help=f"with --trace: load of a device over the mean, at most (default: {DEFAULT_MAX_IMBALANCE})",
+    )
+    routing.add_argument(
+        "--replicas", action="store_true", help="with --trace: fill free memory with copies of experts"
     )
     parser.add_argument("--placement", type=Path, help="JSON file with a placement of your own for the ternary model")
     parser.add_argument("--layout", choices=LAYOUTS, default="2bit", help="of the ternary model (default: 2bit)")

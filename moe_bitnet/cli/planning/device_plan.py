@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.placement.bound import device_lower_bound
-from cluster.placement.cost import expected_bytes_per_token
 from cluster.placement.placement import Placement
 from cluster.placement.problem import PlacementProblem
-from cluster.placement.solver import solve_placement
+from cluster.placement.report import PlacementReport, TransferSize, report_placement
+from cluster.placement.solver import DEFAULT_MAX_IMBALANCE, solve_placement
+from cluster.routing.trace import RoutingTrace
 from cluster.topology import Topology
-from cluster.transport.row_format import Combine, RowFormat
+from cluster.transport.row_format import Combine
 from moe_bitnet.cli.planning.device_pool import DevicePool, larger_topology
 from moe_bitnet.cli.planning.model_shape import ModelShape
 from moe_bitnet.errors import PlacementError
@@ -19,9 +20,11 @@ Counted = Literal["experts only", "everything", "own placement"]
 """Expert weights; or shared weights and a key/value cache at home as well; or these as a user placed them."""
 
 MakeProblem = Callable[[Topology], PlacementProblem]
+Solve = Callable[[PlacementProblem], Placement]
+
 
 COMBINE = Combine("partial_sums", "float16")
-"""What comes home in the predicted traffic: the same for both models, so that the way out is all that differs."""
+"""What comes home in predicted traffic: the same for both models, so that the way out is all that differs."""
 
 
 @dataclass(frozen=True)
@@ -80,23 +83,27 @@ class DevicePlan:
     shortfall: str = ""
 
 
-def plan_devices(model: ModelBytes, pool: DevicePool) -> DevicePlan:
-    """Place a model on the fewest devices of a pool; where they are too few, count how many it would take."""
+def plan_devices(model: ModelBytes, pool: DevicePool, solve: Solve = solve_placement) -> DevicePlan:
+    """Place a model on the fewest devices of a pool; where they are too few, count how many it would take.
+
+    Args:
+        model: what to place.
+        pool: the devices.
+        solve: places it, once the number of devices is known.
+    """
     problem = model.problem(pool.topology)
     bound, allowed = device_lower_bound(problem), pool.max_devices or pool.topology.num_devices
     try:
-        placement = solve_placement(problem)
+        needed = solve_placement(problem).num_devices
     except PlacementError as error:
         needed_of_more = count_needed(model.problem, pool.topology)
         return DevicePlan(model, needed_of_more, allowed, bound, problem, None, str(error))
-    needed = placement.num_devices
     if needed > allowed:
         shortfall = f"{needed} of the {pool.topology.num_devices} devices are needed, --devices allows {allowed}."
         return DevicePlan(model, needed, allowed, bound, problem, None, shortfall)
     if pool.is_open:
         problem = model.problem(Topology(pool.topology.devices[:needed]))
-        placement = solve_placement(problem)
-    return DevicePlan(model, needed, allowed, bound, problem, placement)
+    return DevicePlan(model, needed, allowed, bound, problem, solve(problem))
 
 
 def count_needed(make_problem: MakeProblem, topology: Topology) -> int | None:
@@ -110,11 +117,25 @@ def count_needed(make_problem: MakeProblem, topology: Topology) -> int | None:
         return None
 
 
-def predicted_bytes_per_token(placement: Placement, shape: ModelShape, weights: str) -> float:
-    """Predict the bytes between devices of one token in all layers, both ways, if all experts are equally likely.
+def report_plan(
+    plan: DevicePlan,
+    shape: ModelShape,
+    trace: RoutingTrace | None = None,
+    max_imbalance: float = DEFAULT_MAX_IMBALANCE,
+) -> PlacementReport | None:
+    """Say what a plan is worth; ``None`` if it does not fit.
 
-    FP16 experts get float16 rows, ternary ones int8 rows; one row and one sum for each device that a token visits.
+    FP16 experts get float16 rows, ternary ones int8 rows; what comes home is ``COMBINE`` for both.
+
+    Args:
+        plan: of a model with these sizes.
+        shape: its sizes.
+        trace: routing to replay; without one every set of K experts is equally likely.
+        max_imbalance: the load cap that was asked for.
     """
-    row_format: RowFormat = "float16" if weights == "fp16" else "int8"
-    traffic = expected_bytes_per_token(placement, shape.top_k, shape.hidden_size, row_format, COMBINE)
-    return traffic.total_bytes
+    if plan.placement is None:
+        return None
+    transfer = TransferSize.of_rows(shape.hidden_size, "float16" if plan.model.weights == "fp16" else "int8", COMBINE)
+    return report_placement(
+        plan.placement, top_k=shape.top_k, transfer=transfer, trace=trace, max_imbalance=max_imbalance
+    )

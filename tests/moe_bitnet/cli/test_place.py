@@ -4,6 +4,8 @@ import re
 import pytest
 
 from cluster.config import ClusterConfig
+from cluster.routing.synthetic import clustered_trace
+from cluster.routing.trace_file import write_trace
 from cluster.runtime import connect
 from cluster.topology import Device, Topology
 from moe_bitnet.checkpoint.native import load_model, save_model
@@ -54,7 +56,7 @@ def test_published_shapes_need_the_fewest_devices_that_any_placement_could(shape
     assert tuple(plan["lower_bound"] for plan in result.values()) == expected
     for plan in result.values():
         assert plan["shared_bytes"] == plan["kv_bytes"] == 0
-        assert (plan["bytes_per_token"] == 0) == (plan["num_devices"] == 1)
+        assert (plan["report"]["uniform_bytes_per_token"] == 0) == (plan["num_devices"] == 1)
 
 
 def test_everything_counts_shared_weights_and_the_cache_at_home(capsys):
@@ -90,6 +92,8 @@ def test_the_table_shows_both_ways_of_counting(capsys):
     assert f"everything fp16 90.19 GB 3.211 GB {cache} 5 > 2 5" in output
     assert "cache of 8,192 tokens in FP16" in output
     assert "24 GB, 20 GB usable" in output
+    assert "2bit, everything: 1 device, bound 1; 0 B/token if routing is uniform" in output
+    assert "traced" not in output
 
 
 def test_a_written_placement_is_one_of_ones_own(tmp_path, capsys):
@@ -118,7 +122,7 @@ def test_an_uneven_placement_of_ones_own_has_its_own_traffic(tmp_path, capsys):
     result = plans(placed(capsys, *options, "--placement", own), "own placement")["2bit"]
     visits = 1 - (6 * 5) / (8 * 7)  # a token visits the device that holds 2 of 8
     row = 4096 + 4 + 2 * 4096
-    assert result["bytes_per_token"] == pytest.approx(32 * visits * row, rel=0.01)
+    assert result["report"]["uniform_bytes_per_token"] == pytest.approx(32 * visits * row, rel=0.01)
 
 
 def test_devices_of_a_file_may_differ(tmp_path, capsys):
@@ -170,6 +174,44 @@ def test_a_checkpoint_is_weighed_by_its_tensors(filled_run, tmp_path, capsys):
             sizes.home_bytes,
         )
         assert result["fp16"]["all_expert_bytes"] > 6 * result["2bit"]["all_expert_bytes"]
+
+
+@pytest.fixture
+def small_model(tmp_path):
+    """A config with one large expert part, so that devices are few and a trace matters; its options."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**HUGGING_FACE, "num_local_experts": 16, "sliding_window": None}))
+    return ("--config", path, "--device-memory", "20kB", "--shared-bits", "2bit")
+
+
+def test_a_trace_saves_traffic_and_replicas_fill_the_rest(small_model, tmp_path, capsys):
+    trace = tmp_path / "trace.parquet"
+    write_trace(trace, clustered_trace(2000, 2, 16, 2, num_topics=4, run_length=5))
+    contiguous, own = placed(capsys, *small_model, "--output", tmp_path / "own.json"), tmp_path / "own.json"
+    result = placed(capsys, *small_model, "--trace", trace, "--placement", own)
+    before, after = plans(result, "own placement")["2bit"], plans(result, "everything")["2bit"]
+    assert before["num_devices"] == after["num_devices"] == plans(contiguous, "everything")["2bit"]["num_devices"] > 1
+    assert after["report"]["bytes_per_token"] < 0.9 * before["report"]["bytes_per_token"]
+    assert after["report"]["num_replicas"] == 0
+    assert 1 <= after["report"]["imbalance"] < 2
+    assert plans(result, "experts only")["2bit"]["report"]["bytes_per_token"] is None
+    assert main(["place", *map(str, small_model), "--trace", str(trace)]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "Traced is the same in the 2,000 tokens of the trace" in output
+    assert f"2bit, everything: {after['report']['summary']}" in output
+    copied = placed(capsys, *small_model, "--devices", 3, "--trace", trace, "--replicas")
+    assert plans(copied, "everything")["base3"]["report"]["num_replicas"] > 0
+
+
+def test_a_trace_of_another_model_is_refused(small_model, tmp_path, capsys):
+    trace = tmp_path / "trace.parquet"
+    write_trace(trace, clustered_trace(50, 2, 16, 3, num_topics=4))
+    message = fails(capsys, *small_model, "--trace", trace)
+    assert "2 layers of 16 experts, top-3; the model 2 of 16, top-2" in message
+    assert "absent.parquet" in fails(capsys, *small_model, "--trace", tmp_path / "absent.parquet")
+    assert "--replicas copies" in fails(capsys, *small_model, "--replicas")
+    write_trace(trace, clustered_trace(50, 2, 16, 2, num_topics=4))
+    assert "max_imbalance is 0.5" in fails(capsys, *small_model, "--trace", trace, "--max-imbalance", 0.5)
 
 
 MIXTRAL, DEEPSEEK = "--shape mixtral-8x7b ", "--shape deepseek-v3 "
@@ -233,6 +275,7 @@ def test_devices_are_discovered(tmp_path, capsys):
     (device,) = Topology.from_json(saved).devices
     assert device.kind == "cpu"
     assert device.reserved_bytes == 100_000_000
+    assert device.node_id is None  # that Ray is gone when the file is read
     assert result["placement"]["device_names"] == [device.name]
     assert "the Ray cluster" in result["devices"]
     assert placed(capsys, *options, "--topology", saved, "--placement", out)["placement"] == result["placement"]

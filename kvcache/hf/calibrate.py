@@ -77,7 +77,12 @@ class _Recorder:
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Tensor:
-        """Count the new tokens and attend as usual."""
-        tokens = (x.cpu().float().transpose(1, 2).flatten(0, 1) for x in (query, self.new_key, self.new_value))
-        self.moments.add(self.layer_index, *tokens)
+        """Count the new tokens, and old ones by the attention that they get; attend as usual."""
+        new_query, new_key, new_value, all_keys, all_values = (
+            x[0].float().transpose(0, 1) for x in (query, self.new_key, self.new_value, key, value)
+        )
+        self.moments.add(self.layer_index, new_query, new_key, new_value)
+        scaling = kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        self.moments.add_attended(self.layer_index, new_query, all_keys, all_values, scaling)
         return sdpa(module, query, key, value, attention_mask, **kwargs)

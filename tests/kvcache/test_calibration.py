@@ -3,6 +3,7 @@ import itertools
 
 import pytest
 import torch
+from moment_factories import NUM_TOKENS, moments_of, skewed_tokens
 from page_factories import exact_page
 
 from kvcache import KVCacheConfig
@@ -10,40 +11,9 @@ from kvcache.calibration import Moments, calibrated_frames, plain_frames
 from kvcache.codec import decode_keys, decode_layer, encode_layer
 from kvcache.page import PAGE_SIZE
 from kvcache.trellis import KEPT_SHARE
-from moe_bitnet.errors import CheckpointError, ConfigError, ShapeError
+from moe_bitnet.errors import ConfigError
 
 CONFIG = KVCacheConfig(num_layers=2, num_kv_heads=2, head_dim=64, key_bits=4, value_bits=4)
-NUM_TOKENS = 1024
-
-
-def skewed_tokens(seed=0):
-    """Queries, keys and values whose channels differ by orders of magnitude, with a large mean key."""
-    generator = torch.Generator().manual_seed(seed)
-    key_power, query_power = torch.logspace(1, -2, 64), torch.logspace(0.5, -1, 64)
-    mean = 3 * torch.randn(64, generator=torch.Generator().manual_seed(9))
-    mixing = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(8)))[0]
-    query = torch.randn(NUM_TOKENS, 6, 64, generator=generator) * query_power @ mixing
-    key = torch.randn(NUM_TOKENS, 2, 64, generator=generator) * key_power @ mixing + mean
-    value = torch.randn(NUM_TOKENS, 2, 64, generator=generator) + 1
-    return query, key, value
-
-
-def moments_of(*tokens):
-    moments = Moments.zeros(2, 2, 64)
-    for layer_index in range(2):
-        moments.add(layer_index, *tokens)
-    return moments
-
-
-def test_moments_of_two_halves_are_those_of_the_whole():
-    query, key, value = skewed_tokens()
-    whole = moments_of(query, key, value)
-    halves = Moments.zeros(2, 2, 64)
-    for layer_index in range(2):
-        for part in (slice(0, 500), slice(500, None)):
-            halves.add(layer_index, query[part], key[part], value[part])
-    for name, total in vars(whole).items():
-        torch.testing.assert_close(getattr(halves, name), total)
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 2), (4, 2), (16, 16)])
@@ -113,27 +83,31 @@ def test_scores_err_less_than_with_a_plain_rotation(num_bits, gain_db):
     assert errors_db[0] - errors_db[1] > gain_db
 
 
-def test_file_brings_the_moments_back(tmp_path):
-    moments = moments_of(*skewed_tokens())
-    moments.save(tmp_path / "moments.safetensors")
-    loaded = Moments.load(tmp_path / "moments.safetensors")
-    for name, total in vars(moments).items():
-        assert torch.equal(getattr(loaded, name), total.float().double())
-
-
-def test_wrong_files_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        Moments.load(tmp_path / "nothing")
-    (tmp_path / "text").write_text("no tensors here, but long enough to have a header")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        Moments.load(tmp_path / "text")
-
-
 def test_moments_of_another_model_are_refused():
     moments = moments_of(*skewed_tokens())
     with pytest.raises(ConfigError, match="Calibrate this model"):
         calibrated_frames(moments, dataclasses.replace(CONFIG, num_layers=3))
     with pytest.raises(ConfigError, match="saw 0 tokens"):
         calibrated_frames(Moments.zeros(2, 2, 64), CONFIG)
-    with pytest.raises(ShapeError, match=r"Moments\.add"):
-        moments.add(0, torch.zeros(1, 3, 64), torch.zeros(1, 2, 64), torch.zeros(1, 2, 64))
+
+
+def test_tokens_that_are_attended_to_are_kept_better():
+    """One token in sixteen gets the attention of all others and has values of its own."""
+    generator = torch.Generator().manual_seed(0)
+    query, value = torch.zeros(NUM_TOKENS, 2, 64), torch.randn(NUM_TOKENS, 2, 64, generator=generator)
+    key = torch.zeros(NUM_TOKENS, 2, 64)
+    query[..., 0] = 8.0
+    key[::16, :, 0] = 8.0
+    value[::16] = value[::16] / 8 + 1
+    plain, attended = moments_of(query, key, value), moments_of(query, key, value)
+    for layer_index in range(2):
+        attended.add_attended(layer_index, query, key, value, 0.125)
+    config = dataclasses.replace(CONFIG, value_bits=2)
+    layer = config.page_format(is_calibrated=True).layers[0]
+    errors = []
+    for moments in (plain, attended):
+        frame = calibrated_frames(moments, config)[0]
+        packed = encode_layer(layer, frame, exact_page(layer, key[:PAGE_SIZE], value[:PAGE_SIZE]))
+        read = frame.value.decode(decode_layer(layer, packed)[1])[:, ::16]
+        errors.append((read - value[:PAGE_SIZE:16].transpose(0, 1)).square().mean())
+    assert errors[1] < 0.7 * errors[0]

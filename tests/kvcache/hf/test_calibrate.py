@@ -37,6 +37,14 @@ def test_one_sequence_needs_no_batch():
     assert torch.equal(alone.query_square, batched.query_square)
 
 
+def test_old_tokens_are_counted_by_attention_whatever_the_chunks():
+    model = tiny_model()
+    token_ids = random_tokens(2, 400)
+    whole, chunked = calibrate(model, token_ids), calibrate(model, token_ids, chunk_size=100)
+    assert whole.attended_weight.min() > 0
+    torch.testing.assert_close(chunked.attended_value_square, whole.attended_value_square, rtol=1e-3, atol=1e-5)
+
+
 def test_a_calibrated_cache_is_close():
     model = tiny_model("qwen2")
     moments = calibrate(model, random_tokens(200, seed=1))

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.metrics import Metric
 from moe_bitnet.errors import DataError
@@ -14,7 +15,7 @@ from moe_bitnet.errors import DataError
 # Blue, orange and greys that differ in lightness as well.
 _COLORS = ("#2b6ca8", "#e08a4f", "#9aa3ad", "#4b545e")
 _INK, _MUTED = "#1d2430", "#5c6670"
-_GROUP_HEIGHT = 0.74
+_GROUP_HEIGHT, _LARGEST_HEIGHT = 0.74, 0.4
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def plot_bars(
 
 
 def _draw_panel(axes: Axes, panel: Panel, is_logarithmic: bool) -> None:
-    height = _GROUP_HEIGHT / len(panel.values)
+    height = min(_GROUP_HEIGHT / len(panel.values), _LARGEST_HEIGHT)
     for index, (name, values) in enumerate(panel.values.items()):
         shift = (index - (len(panel.values) - 1) / 2) * height
         rows = [row + shift for row in range(len(values))]
@@ -84,14 +85,15 @@ def _draw_panel(axes: Axes, panel: Panel, is_logarithmic: bool) -> None:
                 fontsize="small",
             )  # fmt: skip
     axes.set_yticks(range(len(panel.labels)), panel.labels)
-    axes.invert_yaxis()
+    axes.set_ylim(len(panel.labels) - 0.5, -0.5)
     largest = max(max(values) for values in panel.values.values())
     largest = max(largest, *(panel.upper_ends or [0.0]))
     if is_logarithmic:
         axes.set_xscale("log")
         axes.set_xlim(None, 5 * largest)
     else:
-        axes.set_xlim(0, 1.25 * largest if largest else 1)
+        axes.set_xlim(0, 1.3 * largest if largest else 1)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_title(panel.title, loc="left", color=_INK, fontsize="medium")
     axes.tick_params(colors=_MUTED, labelsize="small", length=3)
     axes.grid(axis="x", color="#e3e6ea", linewidth=0.8)

@@ -6,6 +6,7 @@ independent, so their powers ``p * p`` add up. *Old* are the tokens that a cache
 behind the sinks and before the window.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,6 @@ from kvcache.page import PAGE_SIZE
 # Pages as a cache of usual settings keeps them in float16: 64 tokens of sinks, a window of 128 to 191.
 _NUM_SINK_TOKENS = PAGE_SIZE
 _NUM_WINDOW_PAGES = 2
-# Queries whose scores exist at one time.
-_QUERY_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -43,21 +42,27 @@ def old_attention(query: Tensor, key: Tensor, scaling: float) -> OldAttention:
     """
     num_kv_heads, num_tokens, _ = key.shape
     first = num_tokens - query.shape[1]
-    grouped = query.reshape(num_kv_heads, -1, *query.shape[1:])  # [G, N / G, num_new, D]
-    received = key.new_zeros(num_kv_heads, num_tokens, dtype=torch.float32)
-    given = []
-    for start in range(first, num_tokens, _QUERY_ROWS):
-        end = min(start + _QUERY_ROWS, num_tokens)
-        row = torch.arange(start, end, device=key.device).unsqueeze(1)
-        column = torch.arange(end, device=key.device)
-        scores = scaling * (grouped[:, :, start - first : end - first] @ key[:, None, :end].mT).float()
-        weights = scores.masked_fill(column > row, -torch.inf).softmax(dim=-1)
-        squares = weights.square() * _is_old(row, column)  # [G, N / G, rows, end]
-        given.append(squares.sum(dim=-1).flatten(0, 1))
-        received[:, :end] += squares.sum(dim=(1, 2))
-    return OldAttention(torch.cat(given, dim=1), received)
+    grouped = query.float().reshape(num_kv_heads, -1, *query.shape[1:])  # [G, N / G, num_new, D]
+    given = grouped.new_zeros(grouped.shape[:3])
+    received = grouped.new_zeros(num_kv_heads, num_tokens)
+    for start, end in _page_rows(first, num_tokens):  # all queries of a page have the same old tokens
+        old = slice(_NUM_SINK_TOKENS, (start // PAGE_SIZE - _NUM_WINDOW_PAGES) * PAGE_SIZE)
+        if old.stop <= old.start:
+            continue
+        rows = slice(start - first, end - first)
+        scores = scaling * grouped[:, :, rows] @ key[:, None, :end].float().mT
+        is_later = torch.ones(end - start, end - start, dtype=torch.bool, device=key.device).triu(1)
+        scores[..., start:].masked_fill_(is_later, -torch.inf)
+        squares = scores.softmax(dim=-1)[..., old].square()  # [G, N / G, rows, old tokens]
+        given[:, :, rows] = squares.sum(dim=-1)
+        received[:, old] += squares.sum(dim=(1, 2))
+    return OldAttention(given.flatten(0, 1), received)
 
 
-def _is_old(row: Tensor, column: Tensor) -> Tensor:
-    is_sealed = column // PAGE_SIZE < row // PAGE_SIZE - _NUM_WINDOW_PAGES
-    return is_sealed & (column >= _NUM_SINK_TOKENS)
+def _page_rows(first: int, num_tokens: int) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of tokens from ``first`` on that lie in one page each."""
+    start = first
+    while start < num_tokens:
+        end = min((start // PAGE_SIZE + 1) * PAGE_SIZE, num_tokens)
+        yield start, end
+        start = end

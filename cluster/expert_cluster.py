@@ -4,41 +4,44 @@ A change of placement never stops the work: the new plan's experts are loaded be
 follow both, the dispatcher switches between two layers, and only then does what is no longer needed go.
 """
 
+import dataclasses
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from cluster.actors import HostSettings, RayHost
+from cluster.actors import RayHost
 from cluster.config import ClusterConfig
 from cluster.directory import Directory
 from cluster.expert_source import CheckpointSource
 from cluster.expert_store import ExpertStore, slice_experts
+from cluster.host_fleet import HostFleet, OnProgress, room_for_experts
 from cluster.joining import Invitation
 from cluster.machine import machine_id
 from cluster.placement.evacuation import evacuate
 from cluster.placement.placement import Placement
 from cluster.placement.problem import PlacementProblem
+from cluster.placement.rebalance import Rebalance, rebalance_placement
 from cluster.ray_metrics import MetricsPublisher
 from cluster.remote_experts import HOME, Dispatcher, DispatchPlan, RemoteExperts, RowRules
+from cluster.routing.trace import RoutingTrace
 from cluster.shelf import Shelf
+from cluster.topology import Topology
 from cluster.transport.header import FrameLimits
 from cluster.transport.links import BulkPath, HostLinks, LinkTimes
 from cluster.transport.meter import TrafficMeter
-from cluster.transport.sockets import HostAddress, KeyPair, remove_socket_folder
+from cluster.transport.sockets import KeyPair
 from moe_bitnet.checkpoint.pack import model_layout
 from moe_bitnet.errors import ClusterError, HostDownError, MoEBitNetError, PlacementError
 from moe_bitnet.experts import GroupedExperts
 from moe_bitnet.model import Block, MoETransformer
 
 logger = logging.getLogger(__name__)
-
-OnProgress = Callable[[str, int, int], None]
-"""Called with a device's name, and the bytes of experts loaded so far and in all."""
 
 _ALIVE_TIMEOUT_S = 1.0
 
@@ -84,35 +87,34 @@ class ExpertCluster:
         checkpoint: CheckpointSource | None = None,
         on_progress: OnProgress | None = None,
     ) -> None:
-        self._model_config, self._layout = model.config, model_layout(model)
         self._problem, self._config = problem, config
         self._on_progress = on_progress or (lambda name, loaded, total: None)
-        self._shelf = Shelf(checkpoint)
-        self._keys = KeyPair.generate()
-        self._hosts: dict[str, RayHost] = {}
-        self._addresses: dict[str, HostAddress] = {}
         self._lock = threading.RLock()  # one change of plan at a time
-        self._layers = [_experts_of(block) for block in model.blocks]
+        self._epochs = itertools.count(1)
+        layers, layout = [_experts_of(block) for block in model.blocks], model_layout(model)
+        keys = KeyPair.generate()
+        self._shelf = Shelf(checkpoint)
+        self._fleet = HostFleet(model.config, layout, config, keys.public, self._shelf, self._on_progress)
         self.meter = TrafficMeter()
-        self._home = ExpertStore(placement.device_names[HOME], self._room(placement, HOME), model.config, self._layout)
+        room = room_for_experts(problem, placement, HOME)
+        self._home = ExpertStore(placement.device_names[HOME], room, model.config, layout)
         self._links = HostLinks(
-            machine_id(), self._keys, FrameLimits(max_hidden_size=model.config.hidden_size), LinkTimes.of(config)
+            machine_id(), keys, FrameLimits(max_hidden_size=model.config.hidden_size), LinkTimes.of(config)
         )
         plan = DispatchPlan.of(placement)
         self._dispatcher = Dispatcher(plan, self._links, self._home, self.meter, RowRules.of(config), self._recover)
         self._metrics = MetricsPublisher(self.meter)
         try:
-            self._fill_home(placement)
-            self._bring(placement, plan.epoch)
-            self._dispatcher.follow(plan, self._addresses.values())
-            for name in self._hosts:
+            self._fill_home(placement, layers)
+            self._fleet.bring(problem, placement, plan.epoch, layers)
+            self._dispatcher.follow(plan, self._fleet.addresses(placement))
+            for name in self._fleet.hosts:
                 self._links.probe(name)  # warm up: connected, and the handshake done
             self._open_bulk()
-            self._announce(plan)
+            self._fleet.announce(plan.epoch, placement)
         except BaseException:
             self.close()
             raise
-        self._layers = []  # from now on the home's store and the shelf hold the experts
         self.executors = [RemoteExperts(index, self._dispatcher) for index in range(placement.num_layers)]
 
     @property
@@ -129,19 +131,19 @@ class ExpertCluster:
     def invitation(self) -> Invitation:
         """What another process of the same Ray cluster needs for ``cluster.joining.join_expert_hosts``."""
         with self._lock:
-            directory = Directory(self.epoch, self.placement, tuple(self._addresses.values()))
-            actors = {name: host.actor for name, host in self._hosts.items()}
+            directory = Directory(self.epoch, self.placement, self._fleet.addresses(self.placement))
+            actors = {name: host.actor for name, host in self._fleet.hosts.items()}
             return Invitation(directory, actors, self._home.usable_bytes, self._config)
 
     @property
     def hosts(self) -> Mapping[str, RayHost]:
         """The hosts by their device's name; the home has none."""
-        return dict(self._hosts)
+        return self._fleet.hosts
 
     def health(self) -> list[HostHealth]:
         """Ask every host whether it is there, and what it holds."""
         states = [HostHealth(self._home.device_name, True, self._home.held_bytes, 0.0)]
-        for name, host in self._hosts.items():
+        for name, host in self._fleet.hosts.items():
             try:
                 held_bytes = host.call("held_bytes")()
                 with self._dispatcher.paused():
@@ -171,113 +173,88 @@ class ExpertCluster:
                     f"while the model runs. Put {old.device_names[HOME]!r} first."
                 )
             self._problem, old_problem = problem, self._problem
-            plan = DispatchPlan.of(placement, self.epoch + 1)
+            plan = DispatchPlan.of(placement, next(self._epochs))
             try:
                 self._shelve(placement)
                 self._fill_home(placement)
-                self._bring(placement, plan.epoch)
-                self._announce(plan)
+                self._fleet.bring(problem, placement, plan.epoch)
+                self._fleet.announce(plan.epoch, placement)
             except MoEBitNetError:
                 self._problem = old_problem
-                self._leave(old, self.epoch)
+                self._leave(self.epoch, old)
                 raise
-            self._dispatcher.follow(plan, [self._addresses[name] for name in self._names(placement)])
+            self._dispatcher.follow(plan, self._fleet.addresses(placement))
             self._open_bulk()
-            self._leave(placement, plan.epoch)
+            self._leave(plan.epoch, placement)
             logger.info("plan %d is in force on %d devices", plan.epoch, placement.num_devices)
+
+    def scale(
+        self, topology: Topology, *, num_devices: int | None = None, trace: RoutingTrace | None = None
+    ) -> Rebalance:
+        """Use more, fewer or other devices while the model goes on, with few moves.
+
+        Args:
+            topology: the devices that may be used from now on, the home among them.
+            num_devices: devices to use; ``None`` for those in use that are left, and as many more as memory needs.
+            trace: recent routing, by which experts go together.
+        Returns:
+            the new placement, which is in force, and what moved.
+        Raises:
+            PlacementError: the experts do not fit; all stays as it was.
+            ClusterError: a host cannot be started or does not answer; all stays as it was.
+        """
+        with self._lock:
+            problem = dataclasses.replace(self._problem, topology=topology)
+            result = rebalance_placement(problem, self.placement, trace=trace, num_devices=num_devices)
+            self.rebalance(result.placement, problem)
+            return result
 
     def close(self) -> None:
         """End all hosts and connections."""
         with self._dispatcher.paused():
             self._links.close()
-        for host in self._hosts.values():
-            try:
-                RayHost(host.actor, host.device_name, _ALIVE_TIMEOUT_S).call("stop")()
-            except MoEBitNetError as error:
-                logger.info("host %s did not stop by itself (%s)", host.device_name, error)
-            host.kill()
-        for address in self._addresses.values():
-            remove_socket_folder(address, machine_id())  # of hosts that were killed and could not do it themselves
-        self._hosts.clear()
+        self._fleet.close()
         self._metrics.close()
 
     # --- Steps of a change
-
-    def _names(self, placement: Placement) -> list[str]:
-        """Return the devices of a placement that need a host: all with experts, except the home."""
-        return [
-            name
-            for index, name in enumerate(placement.device_names)
-            if index != HOME and any(placement.expert_ids_on(index, layer) for layer in range(placement.num_layers))
-        ]
-
-    def _room(self, placement: Placement, device_index: int) -> int:
-        name = placement.device_names[device_index]
-        usable = next(each.usable_bytes for each in self._problem.topology.devices if each.name == name)
-        return usable - (self._problem.home_bytes if device_index == HOME else 0)
 
     def _shelve(self, placement: Placement) -> None:
         """Keep experts that leave the home where hosts can fetch them."""
         for layer_index in range(placement.num_layers):
             held = set(self._home.expert_ids(layer_index))
             away = {
-                each
+                expert_id
                 for index in range(1, placement.num_devices)
-                for each in placement.expert_ids_on(index, layer_index)
+                for expert_id in placement.expert_ids_on(index, layer_index)
             }
             part = self._home.slice(layer_index, self._shelf.lacks(layer_index, sorted(held & away)))
             if part is not None:
                 self._shelf.put_slice(part)
 
-    def _fill_home(self, placement: Placement) -> None:
-        """Load what the home lacks: from the model at the start, later from the shelf."""
-        self._home.usable_bytes = self._room(placement, HOME)
+    def _fill_home(self, placement: Placement, layers: Sequence[GroupedExperts] = ()) -> None:
+        """Load what the home lacks: from the model's layers at the start, later from the shelf."""
+        self._home.usable_bytes = room_for_experts(self._problem, placement, HOME)
         for layer_index in range(placement.num_layers):
-            missing = _lacking(placement.expert_ids_on(HOME, layer_index), self._home.expert_ids(layer_index))
-            if missing and self._layers:
-                self._home.load(slice_experts(self._layers[layer_index], layer_index, missing))
+            wanted, held = placement.expert_ids_on(HOME, layer_index), self._home.expert_ids(layer_index)
+            missing = sorted(set(wanted) - set(held))
+            if missing and layers:
+                self._home.load(slice_experts(layers[layer_index], layer_index, missing))
             elif missing:
                 self._home.load(self._shelf.order(layer_index, missing).fetch())
         self._on_progress(self._home.device_name, self._home.held_bytes, self._home.held_bytes)
 
-    def _bring(self, placement: Placement, epoch: int) -> None:
-        """Start the hosts that a placement needs, and load what they lack."""
-        names = self._names(placement)
-        for name in names:
-            if name not in self._hosts:
-                self._hosts[name] = self._start(placement, name, epoch)
-        waiting = {name: self._hosts[name].call("address") for name in names if name not in self._addresses}
-        for name, wait in waiting.items():
-            self._addresses[name] = wait()
-        self._load(placement, names)
-
-    def _start(self, placement: Placement, name: str, epoch: int) -> RayHost:
-        device = next(each for each in self._problem.topology.devices if each.name == name)
-        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-        if device.node_id is not None and device.node_id not in nodes:  # Ray would wait for it without a word
-            raise ClusterError(
-                f"device {name!r} is on node {device.node_id}, which is none of the {len(nodes)} nodes of this Ray "
-                f"cluster that are alive. Discover the topology again, or leave the device out."
-            )
-        settings = HostSettings(
-            name,
-            self._room(placement, placement.device_names.index(name)),
-            self._model_config,
-            self._layout,
-            epoch,
-            self._config.heartbeat_s,
-            listens_to_network=len(nodes) > 1,
-            allowed_keys=(self._keys.public,),
-            num_sharers=self._num_sharers(placement, device.node_id),
-        )
-        return RayHost.start(settings, self._config.connect_timeout_s, device.node_id)
+    def _leave(self, epoch: int, placement: Placement) -> None:
+        """Drop what a placement does not need, at home and on hosts."""
+        for layer_index in range(placement.num_layers):
+            self._home.keep_only(layer_index, placement.expert_ids_on(HOME, layer_index))
+        self._fleet.leave(epoch, placement)
 
     def _open_bulk(self) -> None:
         """Open bulk channels to hosts on other machines that have none, if they are asked for."""
         min_bytes, timeout_s = self._config.bulk_min_bytes, self._config.request_timeout_s
         if min_bytes is None:
             return
-        for name, host in self._hosts.items():
+        for name, host in self._fleet.hosts.items():
             with self._dispatcher.paused():
                 if not self._links.is_encrypted(name) or self._links.has_bulk(name):
                     continue
@@ -288,70 +265,6 @@ class ExpertCluster:
                 else:
                     self._links.use_bulk(name, BulkPath(channel, channel_id, min_bytes))
 
-    def _num_sharers(self, placement: Placement, node_id: str | None) -> int:
-        """Count the processes that share a node's cores: its hosts, and this one if it is there."""
-        nodes = {device.name: device.node_id for device in self._problem.topology.devices}
-        num_hosts = sum(nodes[name] == node_id for name in self._names(placement))
-        return num_hosts + (node_id in (None, ray.get_runtime_context().get_node_id()))
-
-    def _load(self, placement: Placement, names: Sequence[str]) -> None:
-        """Load layer by layer, all hosts at once, and say how far it is."""
-        held = {name: self._hosts[name].call("expert_ids") for name in names}
-        lacking = {}
-        for name, wait in held.items():
-            here, index = wait(), placement.device_names.index(name)
-            lacking[name] = [
-                _lacking(placement.expert_ids_on(index, layer_index), here.get(layer_index, ()))
-                for layer_index in range(placement.num_layers)
-            ]
-        totals = {name: self._problem.expert_bytes * sum(map(len, layers)) for name, layers in lacking.items()}
-        loaded = dict.fromkeys(names, 0)
-        for layer_index in range(placement.num_layers):
-            waiting = {}
-            for name in names:
-                missing = lacking[name][layer_index]
-                if missing:
-                    if self._layers:
-                        self._shelf.put(self._layers[layer_index], layer_index, missing)
-                    waiting[name] = self._hosts[name].call("load", self._shelf.order(layer_index, missing))
-            for name, wait in waiting.items():
-                wait()
-                loaded[name] += self._problem.expert_bytes * len(lacking[name][layer_index])
-                self._on_progress(name, loaded[name], totals[name])
-
-    def _announce(self, plan: DispatchPlan) -> None:
-        """Tell all hosts of a plan to follow it, and to tell other dispatchers."""
-        names = self._names(plan.placement)
-        directory = Directory(plan.epoch, plan.placement, tuple(self._addresses[name] for name in names))
-        for wait in [self._hosts[name].call("follow", directory) for name in names]:
-            wait()
-
-    def _leave(self, placement: Placement, epoch: int) -> None:
-        """Drop what a placement does not need: old plans, experts, hosts."""
-        layers = range(placement.num_layers)
-        for layer_index in layers:
-            self._home.keep_only(layer_index, placement.expert_ids_on(HOME, layer_index))
-        names = self._names(placement)
-        waiting = []
-        for name in list(self._hosts):
-            if name in names:
-                index = placement.device_names.index(name)
-                kept = {layer_index: placement.expert_ids_on(index, layer_index) for layer_index in layers}
-                waiting.append((name, self._hosts[name].call("leave_before", epoch, kept)))
-            else:
-                self._end(name)
-        for name, wait in waiting:
-            try:
-                wait()
-            except HostDownError as error:
-                logger.warning("host %s could not be told to tidy up (%s)", name, error)
-
-    def _end(self, name: str) -> None:
-        self._hosts.pop(name).kill()
-        address = self._addresses.pop(name, None)
-        if address is not None:
-            remove_socket_folder(address, machine_id())
-
     # --- Recovery
 
     def _recover(self, dispatcher: Dispatcher, down: list[str]) -> None:
@@ -359,14 +272,15 @@ class ExpertCluster:
         with self._lock:
             if not down:  # another thread has just put a new plan in force
                 return
-            down = [name for name in down if name in self._hosts]
-            lost = [name for name in down if not self._hosts[name].is_alive(_ALIVE_TIMEOUT_S)]
+            hosts = self._fleet.hosts
+            down = [name for name in down if name in hosts]
+            lost = [name for name in down if not hosts[name].is_alive(_ALIVE_TIMEOUT_S)]
             if not lost:
                 self._wait_for(down)
                 return
             logger.warning("devices %s are lost; their experts are loaded elsewhere", ", ".join(lost))
             for name in lost:
-                self._end(name)
+                self._fleet.end(name)
             try:
                 placement = evacuate(self._problem, self.placement, lost)
             except PlacementError as error:
@@ -396,7 +310,3 @@ def _experts_of(block: Any) -> GroupedExperts:
     if not isinstance(experts, GroupedExperts):
         raise ClusterError("start_expert_hosts: the experts of this model run elsewhere already. Load the model again.")
     return experts
-
-
-def _lacking(wanted: Sequence[int], held: Sequence[int]) -> list[int]:
-    return sorted(set(wanted) - set(held))

@@ -20,8 +20,9 @@ from pathlib import Path
 import ray
 
 from cluster.config import ClusterConfig
-from cluster.expert_cluster import ExpertCluster, OnProgress
+from cluster.expert_cluster import ExpertCluster
 from cluster.expert_source import CheckpointSource
+from cluster.host_fleet import OnProgress
 from cluster.placement.placement import Placement
 from cluster.placement.problem import PlacementProblem
 from moe_bitnet.errors import ClusterError, ConfigError, PlacementError

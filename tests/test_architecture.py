@@ -23,6 +23,7 @@ FILES_THAT_IMPORT_RAY = {
     "cluster/discovery.py",
     "cluster/page_tier.py",
     "cluster/expert_cluster.py",
+    "cluster/host_fleet.py",
     "cluster/ray_metrics.py",
     "cluster/runtime.py",
     "cluster/shelf.py",

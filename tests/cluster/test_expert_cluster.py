@@ -15,10 +15,11 @@ from factories import ListCache, random_token_ids
 from host_factories import model_of, place
 
 from cluster.config import ClusterConfig
+from cluster.host_fleet import hosted_devices
 from cluster.joining import join_expert_hosts
 from cluster.placement.cost import expected_bytes_per_token
 from cluster.runtime import connect, start_expert_hosts
-from cluster.topology import Device, Topology
+from cluster.topology import Device, Topology, logical_devices
 from moe_bitnet.checkpoint.native import save_model
 from moe_bitnet.checkpoint.sizes import model_sizes
 from moe_bitnet.errors import ClusterError, MoEBitNetError, PlacementError
@@ -208,6 +209,17 @@ def test_tokens_stay_the_same_while_experts_move_and_devices_come_and_go(model):
                 expert_bytes * sum(len(placement.expert_ids_on(index, layer)) for layer in range(2))
                 for index in range(num_devices)
             ]
+        assert not working.errors
+
+
+def test_hosts_come_and_go_by_number_of_devices(model):
+    with running(model) as (hosts, remote), Working(model, remote) as working:
+        for num_devices in (4, 1, 2):
+            result = hosts.scale(logical_devices(5, 10**9), num_devices=num_devices)
+            working.wait_for_texts(1)
+            assert hosts.placement == result.placement
+            assert hosts.placement.num_devices == num_devices
+            assert list(hosts.hosts) == hosted_devices(hosts.placement)
         assert not working.errors
 
 

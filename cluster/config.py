@@ -6,6 +6,8 @@ from typing import get_args
 from cluster.transport.row_format import Combine, CombineMode, RowFormat
 from moe_bitnet.errors import ConfigError
 
+_LONGEST_S = 10**6  # ZeroMQ takes milliseconds of 31 bits
+
 
 @dataclass(frozen=True)
 class ClusterConfig:
@@ -54,8 +56,8 @@ class ClusterConfig:
         self._check_num_cpus()
         for name in ("connect_timeout_s", "request_timeout_s", "retry_after_s", "heartbeat_s"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise ConfigError(f"ClusterConfig: {name} is {value!r}; give a positive number of seconds.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LONGEST_S:
+                raise ConfigError(f"ClusterConfig: {name} is {value!r}; give seconds above 0, at most {_LONGEST_S}.")
         self._check_bulk_min_bytes()
         for name, allowed in (
             ("dispatch", get_args(RowFormat)),

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import safetensors
+import torch
 
-from cluster.expert_store import ExpertSlice
+from cluster.expert_store import ExpertSlice, to_array
 from moe_bitnet.checkpoint.native import TENSORS_NAME, read_info
 from moe_bitnet.errors import CheckpointError
 
@@ -45,11 +46,12 @@ class CheckpointSource:
             expert_ids: global ids, ascending.
         Raises:
             CheckpointError: the file is missing or damaged, or has no such expert.
+            ShapeError: the ids are not ascending.
         """
         prefix = f"blocks.{layer_index}.moe.experts."
         path = Path(self.folder) / TENSORS_NAME
         try:
-            with safetensors.safe_open(str(path), "numpy") as file:
+            with safetensors.safe_open(str(path), "pt") as file:
                 names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118  it is no mapping
                 tensors = {name.removeprefix(prefix): _rows(file.get_slice(name), expert_ids) for name in names}
         except (OSError, safetensors.SafetensorError, IndexError) as error:
@@ -73,4 +75,4 @@ def _rows(tensor: Any, expert_ids: Sequence[int]) -> np.ndarray:
             runs[-1].append(expert_id)
         else:
             runs.append([expert_id])
-    return np.concatenate([tensor[run[0] : run[-1] + 1] for run in runs])
+    return to_array(torch.cat([tensor[run[0] : run[-1] + 1] for run in runs] or [tensor[0:0]]))

@@ -10,6 +10,7 @@ No row's result depends on its neighbours, nor on the group that computes it: ou
 one process, bit for bit.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_bitnet.config import ModelConfig
-from moe_bitnet.errors import ClusterError, ConfigError, PlacementError
+from moe_bitnet.errors import ClusterError, ConfigError, PlacementError, ShapeError
 from moe_bitnet.experts import ExpertInput, GroupedExperts, build_experts
 from moe_bitnet.packed_module import arrange_weights
 from moe_bitnet.packing import Layout
@@ -30,13 +31,26 @@ class ExpertSlice:
 
     Attributes:
         layer_index: which MoE layer.
-        expert_ids: global ids, ascending.
+        expert_ids: global ids, ascending, each once.
         tensors: the state of a :class:`moe_bitnet.experts.GroupedExperts` with these experts alone, as arrays.
+
+    Raises:
+        ShapeError: the ids are not ascending, or a tensor is not one of as many experts.
     """
 
     layer_index: int
     expert_ids: list[int]
     tensors: Mapping[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        if any(left >= right for left, right in itertools.pairwise(self.expert_ids)):
+            raise ShapeError(f"ExpertSlice: expert ids are {self.expert_ids}; give each once, in ascending order.")
+        for name, array in self.tensors.items():
+            if array.ndim == 0 or len(array) != len(self.expert_ids):
+                raise ShapeError(
+                    f"ExpertSlice: {name} has the shape {list(array.shape)}; "
+                    f"give [{len(self.expert_ids)}, ...], one row for each expert."
+                )
 
     @property
     def num_bytes(self) -> int:
@@ -102,12 +116,15 @@ class ExpertStore:
                 f"Send only experts that it lacks."
             )
         self._check_room(experts.num_bytes)
-        group = self._build(experts)
-        self._groups[experts.layer_index] = (*self._groups.get(experts.layer_index, ()), group)
+        if experts.expert_ids:
+            group = self._build(experts)
+            self._replace(experts.layer_index, (*self._groups.get(experts.layer_index, ()), group))
         return self.held_bytes
 
     def keep_only(self, layer_index: int, expert_ids: Sequence[int]) -> int:
         """Drop the experts of a layer that are not in ``expert_ids``, and merge the others into one group.
+
+        While it merges, the layer's experts are held twice: the old groups go on computing.
 
         Returns:
             bytes held afterwards.
@@ -117,21 +134,22 @@ class ExpertStore:
         if all(np.isin(group.expert_ids, wanted).all() for group in groups) and len(groups) <= 1:
             return self.held_bytes
         kept = self.slice(layer_index, [each for each in self.expert_ids(layer_index) if each in wanted])
-        if kept is None:
-            del self._groups[layer_index]
-        else:
-            self._groups[layer_index] = (self._build(kept),)
+        self._replace(layer_index, () if kept is None else (self._build(kept),))
         return self.held_bytes
 
     def slice(self, layer_index: int, expert_ids: Sequence[int]) -> ExpertSlice | None:
-        """Copy experts that are held here into a form that travels, or return ``None`` for no ids."""
+        """Copy experts that are held here into a form that travels, or return ``None`` for no ids.
+
+        Raises:
+            ClusterError: an expert is not held here.
+        """
         wanted = np.array(expert_ids, np.int64)
-        positions = [np.flatnonzero(np.isin(group.expert_ids, wanted)) for group in self._groups.get(layer_index, ())]
-        parts = [
-            _slice(group, layer_index, rows)
-            for group, rows in zip(self._groups.get(layer_index, ()), positions, strict=True)
-            if len(rows)
-        ]
+        missing = np.setdiff1d(wanted, self.expert_ids(layer_index))
+        if len(missing):
+            self._refuse(layer_index, int(missing[0]))
+        groups = self._groups.get(layer_index, ())
+        positions = [np.flatnonzero(np.isin(group.expert_ids, wanted)) for group in groups]
+        parts = [_slice(group, layer_index, rows) for group, rows in zip(groups, positions, strict=True) if len(rows)]
         return join_slices(parts, expert_ids) if parts else None
 
     def prepare(self, hidden_states: Tensor) -> ExpertInput:
@@ -175,6 +193,11 @@ class ExpertStore:
         if is_missing.any():
             self._refuse(layer_index, int(sorted_ids[is_missing][0]))
         return outputs
+
+    def _replace(self, layer_index: int, groups: tuple[_Group, ...]) -> None:
+        """Put other groups in the place of a layer's; the old dictionary stays as it is for those who read it."""
+        layers = {**self._groups, layer_index: groups}
+        self._groups = {index: each for index, each in layers.items() if each}
 
     def _refuse(self, layer_index: int, expert_id: int) -> None:
         held = self.expert_ids(layer_index)
@@ -220,8 +243,13 @@ def slice_experts(experts: GroupedExperts, layer_index: int, expert_ids: Sequenc
         expert_ids: which experts, ascending.
     """
     index = torch.tensor(list(expert_ids), dtype=torch.int64)
-    tensors = {name: tensor.detach()[index].numpy() for name, tensor in experts.state_dict().items()}
+    tensors = {name: to_array(tensor.detach()[index]) for name, tensor in experts.state_dict().items()}
     return ExpertSlice(layer_index, list(expert_ids), tensors)
+
+
+def to_array(tensor: Tensor) -> np.ndarray:
+    """View a tensor as an array; bfloat16, which NumPy lacks, becomes float32: the same numbers in twice the bytes."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _slice(group: _Group, layer_index: int, positions: np.ndarray) -> ExpertSlice:
@@ -234,9 +262,17 @@ def join_slices(parts: Sequence[ExpertSlice], expert_ids: Sequence[int]) -> Expe
 
     Args:
         parts: of one layer, at least one.
-        expert_ids: which experts, ascending; each must be in a part.
+        expert_ids: which experts, ascending.
+    Raises:
+        ClusterError: an expert is in none of the parts.
     """
     place = {expert_id: (part, row) for part in parts for row, expert_id in enumerate(part.expert_ids)}
+    missing = [expert_id for expert_id in expert_ids if expert_id not in place]
+    if missing:
+        raise ClusterError(
+            f"experts {missing} of layer {parts[0].layer_index} are in none of the slices given, "
+            f"which hold {sorted(place)}. Give slices that hold them."
+        )
     chosen = [place[expert_id] for expert_id in expert_ids]
     tensors = {name: np.stack([part.tensors[name][row] for part, row in chosen]) for name in parts[0].tensors}
     return ExpertSlice(parts[0].layer_index, list(expert_ids), tensors)

@@ -162,6 +162,23 @@ def unsegmented_format(name: str, config: KVCacheConfig, moments: Moments) -> Na
     return paged_format(name, unsegmented, moments)
 
 
+def alike_format(name: str, config: KVCacheConfig, moments: Moments) -> NamedFormat:
+    """Return pages calibrated with all tokens alike, whatever attention they get."""
+    return paged_format(name, config, replace(moments, attended_weight=torch.zeros_like(moments.attended_weight)))
+
+
+def short_format(name: str, config: KVCacheConfig, moments: Moments) -> NamedFormat:
+    """Return calibrated pages whose vectors come back as short as their codes are: the least error of single tokens."""
+    frames = [
+        LayerFrame(_with_inverse(frame.key), _with_inverse(frame.value)) for frame in calibrated_frames(moments, config)
+    ]
+    return _own(name, config.page_format(is_calibrated=True), frames)
+
+
+def _with_inverse(frame: PlaneFrame) -> PlaneFrame:
+    return replace(frame, decode_matrix=torch.linalg.inv(frame.encode_matrix.double()).float().contiguous())
+
+
 class _Unsegmented(KVCacheConfig):
     """Settings whose calibrated keys are not cut into segments."""
 

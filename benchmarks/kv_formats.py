@@ -17,12 +17,14 @@ from torch import Tensor
 
 from benchmarks.cache_formats import (
     NamedFormat,
+    alike_format,
     asymmetric,
     centred_format,
     ggml_q4_0,
     paged_format,
     plane_format,
     rotated,
+    short_format,
     symmetric,
     trellis,
     unsegmented_format,
@@ -79,6 +81,8 @@ def _steps(num_bits: int, config: Callable[[int, int], KVCacheConfig], moments: 
     yield paged_format(f"{name} plain: with scale search", sizes, None)
     yield centred_format(f"{name} plain, centred", sizes, moments)
     yield unsegmented_format(f"{name} calibrated, without segments", sizes, moments)
+    yield short_format(f"{name} calibrated, not lengthened", sizes, moments)
+    yield alike_format(f"{name} calibrated, all tokens alike", sizes, moments)
     yield paged_format(name, sizes, moments)
 
 

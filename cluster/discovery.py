@@ -146,7 +146,7 @@ def node_devices(
         memory_of_node: by node id, one for each of them.
         reserved_bytes: to keep free on every device.
     """
-    shares = Counter(memory_of_node[node.node_id].machine_id for node in nodes)
+    shares = Counter(memory_of_node[node.node_id].boot_id for node in nodes)
     devices = []
     for node in nodes:
         memory = memory_of_node[node.node_id]
@@ -158,7 +158,7 @@ def node_devices(
             ("cuda", f"{node.name}-cuda-{index}", size) for index, size in enumerate(memory.gpu_bytes)
         ]
         if not free:
-            ram_bytes = memory.ram_bytes // shares[memory.machine_id]
+            ram_bytes = memory.ram_bytes // shares[memory.boot_id]
             free = [("cpu", f"{node.name}-cpu", min(ram_bytes, node.memory_bytes or ram_bytes))]
         for index, (kind, name, free_bytes) in enumerate(free):
             if free_bytes <= reserved_bytes:

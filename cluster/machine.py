@@ -1,9 +1,21 @@
-"""What tells one machine from another for the data path."""
+"""What tells one machine from another: for its memory, and for the data path."""
 
 import os
+import platform
 from pathlib import Path
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def boot_id() -> str:
+    """Name this machine: equal for processes that share one RAM, whatever containers or namespaces they are in.
+
+    The kernel's boot id, or the machine's name where there is none.
+    """
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:  # not Linux
+        return platform.node()
 
 
 def machine_id() -> str:
@@ -12,8 +24,7 @@ def machine_id() -> str:
     Made of the boot, the user, and the network and file system namespaces, so that containers on one machine differ.
     """
     try:
-        boot = _BOOT_ID.read_text(encoding="ascii").strip()
         spaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "mnt")]
     except OSError:  # not Linux
-        boot, spaces = os.uname().nodename, []
-    return ":".join([boot, str(os.getuid()), *spaces])
+        spaces = []
+    return ":".join([boot_id(), str(os.getuid()), *spaces])

@@ -3,14 +3,12 @@
 Runs on every node of a cluster, in a process that :mod:`cluster.discovery` starts there; knows nothing of Ray.
 """
 
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+from cluster.machine import boot_id
 
 
 @dataclass(frozen=True)
@@ -18,12 +16,12 @@ class NodeMemory:
     """Free memory of one host.
 
     Attributes:
-        machine_id: equal for processes that share one RAM, whatever containers or namespaces they are in.
+        boot_id: equal for processes that share one RAM (:func:`cluster.machine.boot_id`).
         ram_bytes: what processes can take before the host swaps (``MemAvailable``).
         gpu_bytes: of each GPU that this process sees, by its CUDA index; free beside a CUDA context of this process.
     """
 
-    machine_id: str
+    boot_id: str
     ram_bytes: int
     gpu_bytes: tuple[int, ...]
 
@@ -39,12 +37,4 @@ def measure_memory(max_gpus: int = 0) -> NodeMemory:
         for index in range(min(max_gpus, torch.cuda.device_count())):
             free_bytes, _ = torch.cuda.mem_get_info(index)
             gpu_bytes.append(int(free_bytes))
-    return NodeMemory(machine_id(), int(psutil.virtual_memory().available), tuple(gpu_bytes))
-
-
-def machine_id() -> str:
-    """Return what tells this machine from others: the kernel's boot id, or its name where there is none."""
-    try:
-        return _BOOT_ID.read_text(encoding="ascii").strip()
-    except OSError:
-        return platform.node()
+    return NodeMemory(boot_id(), int(psutil.virtual_memory().available), tuple(gpu_bytes))

@@ -14,7 +14,19 @@ from typing import Any, get_args
 
 from cluster.config import ClusterConfig
 from cluster.topology import logical_devices
-from moe_bitnet.cli import arguments, context, context_run, data, generate, pack, place, report, train
+from moe_bitnet.cli import (
+    arguments,
+    context,
+    context_run,
+    data,
+    generate,
+    pack,
+    place,
+    place_devices,
+    place_run,
+    report,
+    train,
+)
 from moe_bitnet.cli.console import console, say
 from moe_bitnet.cli.local_generation import Request
 from moe_bitnet.cli.machine import describe_machine
@@ -35,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", choices=sorted(PRESETS), default="demo", help="shape and length (default: demo)")
     parser.add_argument("--max-mb", type=arguments.megabytes, help="use at most this many MB of text")
-    parser.add_argument("--device-memory", default=place.DEFAULT_DEVICE_MEMORY, help="of each logical device")
+    parser.add_argument("--device-memory", default=place_devices.DEFAULT_DEVICE_MEMORY, help="of each logical device")
     parser.add_argument("--memory", default=context.DEFAULT_BUDGET, help="budget of each key/value cache")
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
     parser.add_argument("--address", help="host:port of a running Ray cluster (default: start Ray here)")
@@ -49,9 +61,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with clock.step("data"):
         _build_data_once(run_folder, args, preset.vocab_size)
     tokenizer = run_folder.load_tokenizer()
-    topology = logical_devices(place.DEFAULT_DEVICES, device_memory)
+    topology = logical_devices(place_devices.DEFAULT_DEVICES, device_memory)
     # found now rather than after the training
-    place.solve_both(preset.model_config(tokenizer.vocab_size, "ternary"), topology, "2bit")
+    place_run.solve_both(preset.model_config(tokenizer.vocab_size, "ternary"), topology, "2bit")
     from cluster.runtime import connect  # imports Ray: only now, so that bad input is found before it starts
 
     with connect(cluster_config):
@@ -65,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         with clock.step("pack"):
             pack.pack_run(run_folder, None)
         with clock.step("place"):
-            place.place_run(run_folder, topology, "2bit")
+            place_run.place_run(run_folder, topology, "2bit")
             place.try_hosts(run_folder, "2bit", cluster_config)
         with clock.step("generate"):
             request = Request(

@@ -20,7 +20,8 @@ from moe_bitnet.checkpoint.native import load_model
 from moe_bitnet.cli import arguments
 from moe_bitnet.cli.console import say
 from moe_bitnet.cli.local_generation import Request, generate_alone, generate_with_cache
-from moe_bitnet.cli.place import Plan, placed_layout, spread_plan, started_hosts, ternary_plan, twin_plan
+from moe_bitnet.cli.place import started_hosts
+from moe_bitnet.cli.place_run import Plan, placed_layout, spread_plan, ternary_plan, twin_plan
 from moe_bitnet.cli.run_folder import RunFolder
 from moe_bitnet.cli.threads import single_thread
 from moe_bitnet.errors import ConfigError

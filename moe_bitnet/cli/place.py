@@ -20,11 +20,7 @@ from moe_bitnet.cli.place_model import place_model
 from moe_bitnet.cli.place_run import (
     Plan,
     place_run,
-    placed_layout,
-    solve_both,
-    spread_plan,
     ternary_plan,
-    twin_plan,
 )
 from moe_bitnet.cli.planning.known_shapes import KNOWN_SHAPES
 from moe_bitnet.cli.planning.memory_plan import CACHE_FORMATS
@@ -34,20 +30,6 @@ from moe_bitnet.errors import ConfigError
 from moe_bitnet.model import MoETransformer
 from moe_bitnet.packing import LAYOUTS, Layout
 from moe_bitnet.units import format_bytes
-
-__all__ = [
-    "DEFAULT_DEVICES",
-    "DEFAULT_DEVICE_MEMORY",
-    "Plan",
-    "place_run",
-    "placed_layout",
-    "solve_both",
-    "spread_plan",
-    "started_hosts",
-    "ternary_plan",
-    "try_hosts",
-    "twin_plan",
-]
 
 HELP = "say how many devices a model needs, FP16 against ternary, and start the expert hosts of a run"
 _ONLY_PLANNED = ("context", "shared_bits", "trace", "replicas", "output", "save_topology")

@@ -13,7 +13,8 @@ from ray.cluster_utils import Cluster
 from cluster import discovery
 from cluster.discovery import ClusterNode, alive_nodes, discover_topology, node_devices
 from cluster.link import SAME_NODE
-from cluster.node_memory import NodeMemory, machine_id, measure_memory
+from cluster.machine import boot_id
+from cluster.node_memory import NodeMemory, measure_memory
 from cluster.reserve import reserve_bytes
 from moe_bitnet.errors import ClusterError, ConfigError
 
@@ -193,4 +194,4 @@ def test_a_node_that_does_not_answer_is_left_out_by_name_and_a_dead_one_in_silen
 
 
 def test_this_machine_has_one_id():
-    assert machine_id() == machine_id() != ""
+    assert boot_id() == boot_id() != ""

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from cluster import machine
-from cluster.machine import machine_id
+from cluster.machine import boot_id, machine_id
 
 
 def test_processes_of_one_machine_agree():
@@ -23,6 +23,7 @@ def test_the_user_and_the_namespaces_are_part_of_it(monkeypatch):
     assert ":12345" in machine_id()
 
 
-def test_without_linux_it_is_the_name_of_the_node(monkeypatch, tmp_path):
+def test_without_a_boot_id_it_is_the_name_of_the_node(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "_BOOT_ID", tmp_path / "none")
-    assert machine_id() == f"{os.uname().nodename}:{os.getuid()}"
+    assert boot_id() == os.uname().nodename
+    assert machine_id().startswith(f"{os.uname().nodename}:{os.getuid()}")

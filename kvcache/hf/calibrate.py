@@ -23,6 +23,9 @@ from moe_bitnet.errors import ShapeError
 def calibrate(model: Any, token_ids: Tensor, chunk_size: int = 512) -> Moments:
     """Collect the moments that ``paged_cache(..., calibration=)`` takes.
 
+    Half of their weight follows the attention that tokens get once they are 128 to 191 tokens back; sequences of fewer
+    than 257 tokens have none of these. A few thousand tokens a sequence, of the kinds of text to come, are best.
+
     Args:
         model: a causal language model of transformers; its attention is as before afterwards.
         token_ids: int64 ``[num_tokens]``, or ``[num_sequences, num_tokens]`` without padding; a few thousand in all.

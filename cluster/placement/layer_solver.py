@@ -11,8 +11,8 @@ from cluster.placement.local_search import improve_layer
 _EXACT_STEPS = 4 * 10**9
 """Of all layers together, about 3 ns each: ten seconds."""
 
-_EXPERT_SHAKES = 16_000
-"""Shakes of all layers together, times the experts of a layer: a few seconds for 256 experts on 32 devices."""
+_EXPERT_SHAKES = 50_000
+"""Shakes of all layers together, times the experts of a layer: about five seconds for 256 experts on 32 devices."""
 _FEWEST_SHAKES, _MOST_SHAKES = 2, 100
 
 

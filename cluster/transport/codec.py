@@ -11,7 +11,6 @@ All fields are little endian, and so must the host be: the body is copied from a
 bytes. Wide parts come first, so every part is aligned in a buffer that is itself aligned.
 """
 
-import itertools
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -35,6 +34,7 @@ from cluster.transport.header import (
     MAX_MESSAGE_BYTES,
     FrameHeader,
     FrameLimits,
+    PartBytes,
     pack_checksum,
     pack_fields,
     read_header,
@@ -45,7 +45,7 @@ from moe_bitnet.errors import FrameError
 
 Frame = DispatchFrame | CombineFrame | RefusalFrame | ProbeFrame | BulkFrame
 Buffer = bytes | bytearray | memoryview
-Bytes = npt.NDArray[np.uint8]
+Integers = npt.NDArray[np.int64]
 
 _DTYPES: dict[RowFormat, type[np.generic]] = {
     "int8": np.int8,
@@ -107,52 +107,63 @@ def decode(buffer: Buffer, limits: FrameLimits) -> Received:
         FrameError: the buffer is truncated, oversized, altered or no frame.
     """
     frame = memoryview(buffer).cast("B")
-    header, part_bytes = read_header(frame, limits)
+    header, parts = read_header(frame, limits)
     _check_checksum(frame)
-    edges = list(itertools.accumulate(part_bytes, initial=HEADER_BYTES))
-    values = _writable(frame)
-    parts = [values[start:stop] for start, stop in itertools.pairwise(edges)]
-    return Received(_view_parts(header, *parts), header.request_id)
+    return Received(_view_parts(_writable(frame), header, parts), header.request_id)
 
 
-def _view_parts(header: FrameHeader, weights: Bytes, scales: Bytes, ids: Bytes, rows: Bytes, counts: Bytes) -> Frame:
+def _view_parts(frame: Buffer, header: FrameHeader, parts: PartBytes) -> Frame:
     """View the parts of a frame's body as tensors; their sizes are those that the header announces."""
     if header.kind == "dispatch":
-        assert isinstance(header.detail, Combine)
-        _check_pairs(ids, counts, header.num_pairs)
-        return frame_of_checked(
-            DispatchFrame,
-            layer_index=header.layer_index,
-            epoch=header.epoch,
-            rows=_view_rows(rows, header),
-            scales=_view_scales(scales, header),
-            expert_ids=torch.from_numpy(ids.view(np.uint16)[: header.num_pairs].astype(np.int64)),
-            pairs_per_row=torch.from_numpy(counts.astype(np.int64)),
-            expert_weights=torch.from_numpy(weights.view(np.float32)) if header.detail.mode == "partial_sums" else None,
-            combine=header.detail,
-        )
+        return _view_dispatch(frame, header, parts)
     if header.kind == "combine":
         return frame_of_checked(
             CombineFrame,
             layer_index=header.layer_index,
             epoch=header.epoch,
-            rows=_view_rows(rows, header),
-            scales=_view_scales(scales, header),
+            rows=_view_rows(frame, header, HEADER_BYTES + parts.scales),
+            scales=_view_scales(frame, header, HEADER_BYTES),
         )
     if header.kind == "refusal":
         assert isinstance(header.detail, str)
-        return RefusalFrame(header.detail, rows.tobytes().decode(errors="replace"), header.epoch)
+        return RefusalFrame(header.detail, bytes(frame[HEADER_BYTES:]).decode(errors="replace"), header.epoch)
     return BulkFrame(header.num_pairs, header.epoch) if header.kind == "bulk" else ProbeFrame(header.epoch)
 
 
-def _check_pairs(ids: Bytes, counts: Bytes, num_pairs: int) -> None:
+def _view_dispatch(frame: Buffer, header: FrameHeader, parts: PartBytes) -> DispatchFrame:
+    assert isinstance(header.detail, Combine)
+    num_pairs = header.num_pairs
+    scales = HEADER_BYTES + parts.expert_weights
+    ids = scales + parts.scales
+    rows = ids + parts.expert_ids
+    # [m], or [m + 1] with padding
+    padded_ids = np.ndarray(parts.expert_ids // EXPERT_ID_BYTES, np.uint16, frame, ids).astype(np.int64)
+    pairs_per_row = np.ndarray(header.num_rows, np.uint8, frame, rows + parts.rows).astype(np.int64)
+    _check_pairs(padded_ids, pairs_per_row, num_pairs)
+    weights = None
+    if header.detail.mode == "partial_sums":
+        weights = torch.from_numpy(np.ndarray(num_pairs, np.float32, frame, HEADER_BYTES))
+    return frame_of_checked(
+        DispatchFrame,
+        layer_index=header.layer_index,
+        epoch=header.epoch,
+        rows=_view_rows(frame, header, rows),
+        scales=_view_scales(frame, header, scales),
+        expert_ids=torch.from_numpy(padded_ids[:num_pairs]),
+        pairs_per_row=torch.from_numpy(pairs_per_row),
+        expert_weights=weights,
+        combine=header.detail,
+    )
+
+
+def _check_pairs(padded_ids: Integers, pairs_per_row: Integers, num_pairs: int) -> None:
     """Check the experts of each row, and the padding after their ids."""
-    total = int(np.add.reduce(counts, dtype=np.int64))
+    total = int(np.add.reduce(pairs_per_row))
     if total != num_pairs:
         problem = f"the rows have {total} experts, {num_pairs} expert ids are given"
-    elif 0 in counts.data:
-        problem = f"a row has 0 to {counts.max()} experts; allowed are 1 to {MAX_PAIRS_PER_ROW}"
-    elif num_pairs % 2 and any(ids[-EXPERT_ID_BYTES:].data):
+    elif np.count_nonzero(pairs_per_row) != len(pairs_per_row):
+        problem = f"a row has 0 to {pairs_per_row.max()} experts; allowed are 1 to {MAX_PAIRS_PER_ROW}"
+    elif num_pairs % 2 and padded_ids[-1] != 0:
         problem = "its padding is not 0"
     else:
         return
@@ -200,21 +211,22 @@ def _check_checksum(frame: memoryview) -> None:
         )
 
 
-def _writable(frame: memoryview) -> Bytes:
-    """View a frame's bytes, or copy them: torch warns about read-only memory, wide values need aligned addresses."""
-    values = np.frombuffer(frame, np.uint8)
+def _writable(frame: memoryview) -> Buffer:
+    """Return a frame's bytes, or copy them: torch warns about read-only memory, wide values need aligned addresses."""
     is_aligned = np.frombuffer(frame, np.uint32, 1).flags.aligned
-    return values if is_aligned and not frame.readonly else values.copy()
+    return frame if is_aligned and not frame.readonly else bytearray(frame)
 
 
-def _view_rows(part: Bytes, header: FrameHeader) -> Tensor:
-    values = part.view(_DTYPES[header.row_format]).reshape(header.num_rows, header.hidden_size)
-    rows = torch.from_numpy(values)
+def _view_rows(frame: Buffer, header: FrameHeader, start: int) -> Tensor:
+    shape = (header.num_rows, header.hidden_size)
+    rows = torch.from_numpy(np.ndarray(shape, _DTYPES[header.row_format], frame, start))
     return rows.view(torch.bfloat16) if header.row_format == "bfloat16" else rows
 
 
-def _view_scales(part: Bytes, header: FrameHeader) -> Tensor | None:
-    return torch.from_numpy(part.view(np.float32).reshape(-1, 1)) if header.row_format == "int8" else None
+def _view_scales(frame: Buffer, header: FrameHeader, start: int) -> Tensor | None:
+    if header.row_format != "int8":
+        return None
+    return torch.from_numpy(np.ndarray((header.num_rows, 1), np.float32, frame, start))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -30,7 +30,7 @@ class PlaneFrame:
     Attributes:
         mean: float32 ``[num_kv_heads, head_dim]``.
         encode_matrix: float32 ``[num_kv_heads, head_dim, head_dim]``; rows are channels of x, columns of y.
-        decode_matrix: its inverse, float32, rows lengthened by ``unbiased``.
+        decode_matrix: its inverse, float32, rows lengthened by ``unbiased`` where that helps.
         segment_weights: float32 ``[num_kv_heads, num_segments]``: how much an error in y counts, by segment.
     """
 
@@ -96,7 +96,8 @@ def unbiased(frame: PlaneFrame, kept_share: Tensor) -> PlaneFrame:
     The nearest code of a vector is shorter than the vector: by 9 % at 2 bits, 0.7 % at 4. As an error of one token
     that is as small as errors get. But attention adds up tokens: their other errors cancel, this one does not, and
     scores of old tokens are all too flat. Lengthening adds the same few per cent to the errors of single tokens, and
-    takes a third from the divergence of SmolLM2's logits at 2 bits (docs/experiments.md).
+    takes a third from the divergence of SmolLM2's logits at 2 bits (docs/experiments.md). For keys it needs a mean
+    near that of the keys: lengthening around zero adds errors for a shift that softmax does not see.
 
     Args:
         frame: whose ``decode_matrix`` is the inverse of ``encode_matrix``.

@@ -163,12 +163,13 @@ def _run_on_hosts(
         f"{name}: {traffic['bytes_per_token']:.0f} bytes/token between devices, of which "
         f"{traffic['modelled_bytes_per_token']:.0f} are rows and metadata "
         f"(uniform routing would give {traffic['formula_bytes_per_token']:.0f}); tokens equal one process: {is_equal}"
+        + ("" if is_equal or config.returned.is_exact else " (what comes back is rounded; --combine exact is not)")
     )
     return remote.token_ids, {
         "name": name,
         "num_devices": plan.placement.num_devices,
         "dispatch": config.dispatch,
-        "combine": f"{config.combine.replace('_', ' ')}, {config.combine_format}",
+        "combine": f"{config.combine_format} {'rows' if config.combine == 'rows' else 'sums'}",
         **traffic,
         "seconds": remote.seconds,
         "tokens_equal_single_process": is_equal,

@@ -2,6 +2,7 @@
 
     python -m benchmarks.answering tcp              a plain TCP server with TCP_NODELAY
     python -m benchmarks.answering frames KEY       a FrameServer; the holder of the public KEY may connect by TCP
+    python -m benchmarks.answering unread KEY       the same, with answers written beforehand: the transport alone
 
 Both answer a dispatch frame with int8 sums that were made beforehand. The frame server reads the frame and writes the
 answer as a host does; the plain server knows how many bytes come and sends as many as the answer has.
@@ -82,6 +83,21 @@ class PreparedAnswers:
         return encode(answer, received.request_id)
 
 
+class UnreadAnswers:
+    """Answers frames of a length as the first of that length was answered, without reading them."""
+
+    def __init__(self) -> None:
+        self._read = PreparedAnswers()
+        self._answers: dict[int, bytes] = {}
+
+    def answer(self, buffer: memoryview) -> bytes:
+        """Return bytes that were written before."""
+        answer = self._answers.get(len(buffer))
+        if answer is None:
+            answer = self._answers[len(buffer)] = self._read.answer(buffer)
+        return answer
+
+
 class TcpEcho:
     """A client of the plain server: sends a request and receives an answer of known length.
 
@@ -118,9 +134,9 @@ def tcp_server() -> Iterator[int]:
 
 
 @contextmanager
-def frame_server(public_key: str) -> Iterator[HostAddress]:
-    """Run a frame server in a process of its own; yields its address."""
-    with _child("frames", public_key) as said:
+def frame_server(public_key: str, reads: bool = True) -> Iterator[HostAddress]:
+    """Run a frame server in a process of its own, that reads frames or not; yields its address."""
+    with _child("frames" if reads else "unread", public_key) as said:
         yield HostAddress(**said)
 
 
@@ -176,14 +192,15 @@ def _say(values: dict[str, Any]) -> None:
 def main() -> None:
     """Serve until standard input ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("tcp", "frames"))
+    parser.add_argument("kind", choices=("tcp", "frames", "unread"))
     parser.add_argument("key", nargs="?")
     arguments = parser.parse_args()
     if arguments.kind == "tcp":
         threading.Thread(target=_serve_tcp, daemon=True).start()
         sys.stdin.read()
         return
-    server = FrameServer("device", PreparedAnswers().answer, LIMITS.max_frame_bytes, LOCALHOST, machine_id())
+    answers = PreparedAnswers() if arguments.kind == "frames" else UnreadAnswers()
+    server = FrameServer("device", answers.answer, LIMITS.max_frame_bytes, LOCALHOST, machine_id())
     with server:
         if arguments.key is not None:
             server.allow(arguments.key)

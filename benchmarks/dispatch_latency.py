@@ -7,9 +7,10 @@ both hosts and receives int8 sums from both. Hosts are processes; they check and
 expert host does, but compute nothing. In turns, in one run:
 
     tcp          sockets with TCP_NODELAY that carry as many bytes, unread, without a frame around them
-    ipc          HostLinks by a Unix socket, as between processes of one machine
+    ipc, unread  our connections and servers by a Unix socket, frames written beforehand and unread: the transport alone
+    ipc          HostLinks by a Unix socket, as between processes of one machine: frames are built, checked and read
     tcp, CURVE   HostLinks by TCP, encrypted, as between machines
-    actor calls  two Ray actors and the same bytes
+    actor calls  two Ray actors and the same bytes, unread
 """
 
 import argparse
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import zmq
 
 from benchmarks.answering import LIMITS, TcpEcho, answer_frame, dispatch_frame, frame_server, tcp_server
 from benchmarks.grouped_bars import Panel, plot_bars
@@ -27,6 +29,7 @@ from benchmarks.peers.actor_calls import ActorCalls, actor_calls
 from benchmarks.timing import Comparison, Function, compare
 from cluster.machine import machine_id
 from cluster.transport.codec import decode, encode
+from cluster.transport.connection import HostConnection
 from cluster.transport.frames import DispatchFrame
 from cluster.transport.links import HostLinks, LinkTimes
 from cluster.transport.sockets import HostAddress, KeyPair
@@ -34,7 +37,8 @@ from moe_bitnet.errors import ClusterError
 
 HIDDEN_SIZE, EXPERTS_EACH, NUM_HOSTS = 2048, 4, 2
 NUM_TOKENS = (1, 16, 256)
-TCP, IPC, CURVE, ACTORS = "tcp", "ipc", "tcp, CURVE", "actor calls"
+TCP, UNREAD, IPC, CURVE, ACTORS = "tcp", "ipc, unread", "ipc", "tcp, CURVE", "actor calls"
+_PATIENCE_MS = 10_000
 GOAL_TCP, GOAL_ACTORS = 5.0, 8.0
 
 
@@ -45,6 +49,7 @@ class Peers:
     ports: Sequence[int]
     addresses: Sequence[HostAddress]
     links: Mapping[str, HostLinks]
+    unread: Sequence[HostConnection]
     actors: ActorCalls
 
 
@@ -64,7 +69,17 @@ def start_peers() -> Iterator[Peers]:
             each.set_addresses(addresses)
             for address in addresses:
                 each.probe(address.device_name)
-        yield Peers(ports, addresses, links, actors)
+        context = stack.enter_context(zmq.Context())
+        unread = []
+        for _ in range(NUM_HOSTS):
+            address = stack.enter_context(frame_server(keys.public, reads=False))
+            times = LinkTimes(heartbeat_s=10.0)  # no stall of this machine may end it: nobody here would connect again
+            connection = HostConnection(
+                context, address, machine_id(), keys, LIMITS, times.heartbeat_s, times.connect_timeout_s
+            )
+            stack.callback(connection.close)
+            unread.append(connection)
+        yield Peers(ports, addresses, links, unread, actors)
 
 
 @contextmanager
@@ -82,8 +97,17 @@ def candidates(peers: Peers, frame: DispatchFrame) -> Iterator[dict[str, Functio
             for echo in echoes:
                 echo.receive()
 
+        def unread() -> None:
+            for connection in peers.unread:
+                connection.send(request)
+            for connection in peers.unread:
+                if not connection.socket.poll(_PATIENCE_MS):
+                    raise ClusterError(f"no answer came: {connection.notice_loss() or 'the connection stands'}.")
+                assert len(connection.socket.recv()) == len(answer)
+
         yield {
             TCP: tcp,
+            UNREAD: unread,
             IPC: _exchange(peers.links[IPC], peers.addresses, frame),
             CURVE: _exchange(peers.links[CURVE], peers.addresses, frame),
             ACTORS: lambda: peers.actors.exchange(request, len(answer)),
@@ -115,8 +139,8 @@ def measure_exchange(report: Report, peers: Peers, num_tokens: int) -> None:
         "bytes_there": len(encode(frame)),
         "bytes_back": len(encode(answer_frame(frame))),
     }
-    for kind in (IPC, CURVE):
-        goals = kind == IPC and num_tokens == 1
+    for kind in (UNREAD, IPC, CURVE):
+        goals = kind == UNREAD and num_tokens == 1
         own = {"transport": kind, **detail, **_microseconds(turns, kind), **turns.to_detail()}
         report.add(
             "vs_tcp_echo",

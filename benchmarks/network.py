@@ -132,6 +132,18 @@ class VirtualLinks:
         return parse_counters(_COUNTERS.read_text(encoding="ascii"), self._names)
 
 
+def retransmitted_segments(process_ids: Sequence[int]) -> int:
+    """Return the TCP segments sent again so far, in the networks of this process and of others."""
+    paths = [Path("/proc/self/net/snmp"), *(Path(f"/proc/{each}/net/snmp") for each in process_ids)]
+    return sum(parse_retransmitted(path.read_text(encoding="ascii")) for path in paths)
+
+
+def parse_retransmitted(text: str) -> int:
+    """Return ``RetransSegs`` of a text like ``/proc/net/snmp``: a line of names, then a line of numbers."""
+    names, numbers = (line.split() for line in text.splitlines() if line.startswith("Tcp:"))
+    return int(numbers[names.index("RetransSegs")])
+
+
 def parse_counters(text: str, names: Sequence[str]) -> LinkCounts:
     """Add up bytes and packets of some devices in both directions.
 

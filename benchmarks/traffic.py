@@ -33,6 +33,7 @@ from cluster.expert_store import ExpertStore
 from cluster.placement.placement import Placement
 from cluster.placement.problem import PlacementProblem
 from cluster.placement.solver import solve_placement
+from cluster.remote_experts import RowRules
 from cluster.topology import logical_devices
 from cluster.transport.header import FrameLimits
 from cluster.transport.links import HostLinks, LinkTimes
@@ -46,6 +47,7 @@ FEW_DEVICES, MANY_DEVICES = 2, 4
 NAIVE, FP16, INT8 = "fp16, no dedup", "fp16", "int8 both ways"
 MIN_TOKENS_OF_GOALS = 256
 EXACTNESS = 0.01
+_MAX_RUNS = 5
 
 
 class Bench:
@@ -61,9 +63,23 @@ class Bench:
         self.report, self.hosts, self.links = report, hosts, links
         self.home: ExpertStore = full_store("device-0")
 
+    def _run_undisturbed(self, rules: RowRules, placement: Placement, workload: Workload) -> tuple[Run, int]:
+        """Run until TCP sent no segment twice, which it does when a host waits for a core; the best of a few runs."""
+        best: tuple[Run, int] | None = None
+        for _ in range(_MAX_RUNS):
+            before = network.retransmitted_segments(self.hosts.process_ids)
+            result = run_steps(rules, placement, workload, self.home, self.links, self.hosts)
+            num_again = network.retransmitted_segments(self.hosts.process_ids) - before
+            if best is None or num_again < best[1]:
+                best = result, num_again
+            if num_again == 0:
+                break
+        assert best is not None
+        return best
+
     def run(self, mode: str, placement: Placement, workload: Workload, segments: str = "joined") -> Run:
         """Send all tokens of a workload once in one mode, and report its bytes a token."""
-        result = run_steps(MODES[mode], placement, workload, self.home, self.links, self.hosts)
+        result, num_again = self._run_undisturbed(MODES[mode], placement, workload)
         wire = None if result.wire is None else result.wire.num_bytes / workload.num_tokens
         meter = result.counted_bytes / workload.num_tokens
         detail = self._detail(mode, placement, workload, segments)
@@ -76,6 +92,7 @@ class Bench:
         }
         if result.wire is not None:
             detail["wire_packets"] = result.wire.num_packets
+            detail["retransmitted_segments"] = num_again
         self.report.add("bytes_per_token", meter if wire is None else wire, "bytes", detail=detail)
         return result
 

@@ -1,4 +1,4 @@
-from benchmarks.network import LinkCounts, parse_counters
+from benchmarks.network import LinkCounts, parse_counters, parse_retransmitted
 
 # As the kernel writes it: 8 numbers received, 8 sent.
 TEXT = """Inter-|   Receive                                                |  Transmit
@@ -17,3 +17,8 @@ def test_bytes_and_packets_of_both_directions_are_added_up():
 
 def test_what_crossed_since_is_a_difference():
     assert LinkCounts(1070, 17) - LinkCounts(70, 7) == LinkCounts(1000, 10)
+
+
+def test_segments_sent_again_are_found_by_their_name():
+    text = "Ip: A B\nIp: 1 2\nTcp: RtoMin InSegs RetransSegs InErrs\nTcp: 200 55 7 3\nUdp: X\nUdp: 9\n"
+    assert parse_retransmitted(text) == 7

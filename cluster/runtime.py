@@ -103,12 +103,14 @@ def start_expert_hosts(
     Raises:
         PlacementError: the placement does not fit the devices, or is one of another model.
         ConfigError: the experts do not take rows in the format ``config.dispatch``.
-        ClusterError: Ray is not connected, the model's experts are elsewhere, or a host does not start in time.
+        ClusterError: Ray is not connected, the model's experts are elsewhere, a device is a GPU, or a host does not
+            start in time.
         CheckpointError: the checkpoint is none.
     """
     config = config or ClusterConfig()
     placement.check(problem)
     _check_model(model, placement, config)
+    _check_devices(problem, placement)
     source = None if checkpoint is None else CheckpointSource.of(checkpoint)
     if not ray.is_initialized():  # else Ray would start a cluster of its own accord
         raise ClusterError("start_expert_hosts: Ray is not connected. Call it inside 'with connect(...)'.")
@@ -117,6 +119,18 @@ def start_expert_hosts(
         yield hosts
     finally:
         hosts.close()
+
+
+def _check_devices(problem: PlacementProblem, placement: Placement) -> None:
+    """Refuse GPUs: experts would be computed, and held, beside them."""
+    gpus = [
+        each.name for each in problem.topology.devices if each.kind == "cuda" and each.name in placement.device_names
+    ]
+    if gpus:
+        raise ClusterError(
+            f"start_expert_hosts: {', '.join(gpus)} {'is a GPU' if len(gpus) == 1 else 'are GPUs'}, and expert hosts "
+            f"compute on CPUs in this release. Place the experts on devices of kind 'cpu'."
+        )
 
 
 def _check_model(model: MoETransformer, placement: Placement, config: ClusterConfig) -> None:

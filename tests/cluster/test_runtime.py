@@ -9,6 +9,7 @@ from host_factories import model_of, place
 
 from cluster.config import ClusterConfig
 from cluster.runtime import connect, start_expert_hosts
+from cluster.topology import Device, Topology
 from moe_bitnet.errors import CheckpointError, ClusterError, ConfigError, PlacementError
 
 KIND = "base3"
@@ -124,6 +125,14 @@ def test_a_placement_of_another_problem_is_refused(model):
 def test_int8_rows_for_float_experts_are_refused():
     with pytest.raises(ConfigError, match=r"dispatch is 'int8'.*Set dispatch to 'float32'"):
         start(model_of("float16"), *place([[0] * 5] * 2, 1))
+
+
+def test_gpus_are_refused_by_name(model):
+    problem, placement = place([[0, 1, 0, 1, 0]] * 2, 2)
+    devices = [Device(each.name, each.memory_bytes, kind="cuda") for each in problem.topology.devices]
+    on_gpus = type(problem)(2, 5, problem.expert_bytes, 0, Topology(tuple(devices)))
+    with pytest.raises(ClusterError, match="device-0, device-1 are GPUs, and expert hosts compute on CPUs"):
+        start(model, on_gpus, placement)
 
 
 def test_a_checkpoint_that_is_none_is_refused(model, tmp_path):

@@ -29,11 +29,11 @@ from benchmarks.expert_processes import HEARTBEAT_S, LAYER, Hosts, expert_hosts,
 from benchmarks.harness import Report, add_arguments
 from benchmarks.traffic_plot import plot_traffic
 from benchmarks.traffic_run import MODES, SEGMENT_BYTES, Run, Workload, clustered_choices, run_steps, uniform_choices
+from cluster.dispatch_batch import RowRules
 from cluster.expert_store import ExpertStore
 from cluster.placement.placement import Placement
 from cluster.placement.problem import PlacementProblem
 from cluster.placement.solver import solve_placement
-from cluster.remote_experts import RowRules
 from cluster.topology import logical_devices
 from cluster.transport.header import FrameLimits
 from cluster.transport.links import HostLinks, LinkTimes

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from benchmarks.expert_processes import LAYER, Hosts
 from benchmarks.network import LinkCounts
+from cluster.dispatch_batch import RowRules
 from cluster.expert_store import ExpertStore
 from cluster.placement.cost import bytes_per_token
 from cluster.placement.placement import Placement
-from cluster.remote_experts import Dispatcher, DispatchPlan, RowRules
+from cluster.remote_experts import Dispatcher, DispatchPlan
 from cluster.routing.synthetic import clustered_trace
 from cluster.routing.trace import RoutingTrace
 from cluster.transport.links import HostLinks

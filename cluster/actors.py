@@ -147,13 +147,7 @@ class ExpertHostActor:
     def leave_before(self, epoch: int, kept: Mapping[int, Sequence[int]]) -> int:
         """Refuse older plans and keep only these experts (layer → ids); returns the bytes held."""
         self._host.leave_before(epoch)
-        return self.keep_only(kept)
-
-    def keep_only(self, kept: Mapping[int, Sequence[int]]) -> int:
-        """Drop all experts but these (layer → ids); returns the bytes held."""
-        for layer_index, expert_ids in kept.items():
-            self._host.store.keep_only(layer_index, expert_ids)
-        return self._host.store.held_bytes
+        return self._host.store.keep(kept)
 
     def stop(self) -> None:
         """Close the sockets and remove their folder."""

@@ -11,15 +11,15 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 
 from cluster.actors import RayHost
 from cluster.config import ClusterConfig
 from cluster.directory import Directory
+from cluster.dispatch_batch import RowRules
 from cluster.expert_source import CheckpointSource
-from cluster.expert_store import ExpertStore, slice_experts
+from cluster.expert_store import ExpertStore, local_experts, slice_experts
 from cluster.host_fleet import HostFleet, OnProgress, room_for_experts
 from cluster.joining import Invitation
 from cluster.machine import machine_id
@@ -27,8 +27,9 @@ from cluster.placement.evacuation import evacuate
 from cluster.placement.placement import Placement
 from cluster.placement.problem import PlacementProblem
 from cluster.placement.rebalance import Rebalance, rebalance_placement
+from cluster.placement.replica_choice import HOME
 from cluster.ray_metrics import MetricsPublisher
-from cluster.remote_experts import HOME, Dispatcher, DispatchPlan, RemoteExperts, RowRules
+from cluster.remote_experts import Dispatcher, DispatchPlan, RemoteExperts
 from cluster.routing.trace import RoutingTrace
 from cluster.shelf import Shelf
 from cluster.topology import Topology
@@ -39,7 +40,7 @@ from cluster.transport.sockets import KeyPair
 from moe_bitnet.checkpoint.pack import model_layout
 from moe_bitnet.errors import ClusterError, HostDownError, MoEBitNetError, PlacementError
 from moe_bitnet.experts import GroupedExperts
-from moe_bitnet.model import Block, MoETransformer
+from moe_bitnet.model import MoETransformer
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class ExpertCluster:
         self._on_progress = on_progress or (lambda name, loaded, total: None)
         self._lock = threading.RLock()  # one change of plan at a time
         self._epochs = itertools.count(1)
-        layers, layout = [_experts_of(block) for block in model.blocks], model_layout(model)
+        layers, layout = local_experts(model), model_layout(model)
         keys = KeyPair.generate()
         self._shelf = Shelf(checkpoint)
         self._fleet = HostFleet(model.config, layout, config, keys.public, self._shelf, self._on_progress)
@@ -234,9 +235,8 @@ class ExpertCluster:
     def _fill_home(self, placement: Placement, layers: Sequence[GroupedExperts] = ()) -> None:
         """Load what the home lacks: from the model's layers at the start, later from the shelf."""
         self._home.usable_bytes = room_for_experts(self._problem, placement, HOME)
-        for layer_index in range(placement.num_layers):
-            wanted, held = placement.expert_ids_on(HOME, layer_index), self._home.expert_ids(layer_index)
-            missing = sorted(set(wanted) - set(held))
+        for layer_index, wanted in placement.experts_on(HOME).items():
+            missing = self._home.lacks(layer_index, wanted)
             if missing and layers:
                 self._home.load(slice_experts(layers[layer_index], layer_index, missing))
             elif missing:
@@ -245,8 +245,7 @@ class ExpertCluster:
 
     def _leave(self, epoch: int, placement: Placement) -> None:
         """Drop what a placement does not need, at home and on hosts."""
-        for layer_index in range(placement.num_layers):
-            self._home.keep_only(layer_index, placement.expert_ids_on(HOME, layer_index))
+        self._home.keep(placement.experts_on(HOME))
         self._fleet.leave(epoch, placement)
 
     def _open_bulk(self) -> None:
@@ -302,11 +301,3 @@ class ExpertCluster:
     def _any_is_up(self, names: Sequence[str]) -> bool:
         with self._dispatcher.paused():
             return any(self._links.is_up(name) for name in names)
-
-
-def _experts_of(block: Any) -> GroupedExperts:
-    assert isinstance(block, Block)
-    experts = block.moe.experts
-    if not isinstance(experts, GroupedExperts):
-        raise ClusterError("start_expert_hosts: the experts of this model run elsewhere already. Load the model again.")
-    return experts

@@ -97,7 +97,7 @@ class ExpertHost:
         outputs = self.store.compute(frame.layer_index, rows, frame.pairs_per_row, frame.expert_ids)
         if frame.expert_weights is not None:
             outputs = sum_pairs(outputs, frame.expert_weights, frame.pairs_per_row)
-        values, scales = to_format(outputs, frame.combine)
+        values, scales = to_format(outputs, frame.combine.row_format)
         return CombineFrame(frame.layer_index, frame.epoch, values, scales)
 
     def _prepare(self, frame: DispatchFrame) -> ExpertInput:

@@ -21,6 +21,7 @@ from torch import Tensor
 from moe_bitnet.config import ModelConfig
 from moe_bitnet.errors import ClusterError, ConfigError, PlacementError, ShapeError
 from moe_bitnet.experts import ExpertInput, GroupedExperts, build_experts
+from moe_bitnet.model import Block, MoETransformer
 from moe_bitnet.packed_module import arrange_weights
 from moe_bitnet.packing import Layout
 
@@ -99,6 +100,10 @@ class ExpertStore:
         """Return the ids of all experts held here, by layer."""
         return {layer_index: self.expert_ids(layer_index) for layer_index in self._groups}
 
+    def lacks(self, layer_index: int, expert_ids: Sequence[int]) -> list[int]:
+        """Return those of some experts of a layer that are not held here, ascending."""
+        return sorted(set(expert_ids) - set(self.expert_ids(layer_index)))
+
     def load(self, experts: ExpertSlice) -> int:
         """Take experts of one layer beside those that are here.
 
@@ -137,6 +142,12 @@ class ExpertStore:
         self._replace(layer_index, () if kept is None else (self._build(kept),))
         return self.held_bytes
 
+    def keep(self, kept: Mapping[int, Sequence[int]]) -> int:
+        """Drop the experts of each layer that are not named (layer → ids), as :meth:`keep_only`."""
+        for layer_index, expert_ids in kept.items():
+            self.keep_only(layer_index, expert_ids)
+        return self.held_bytes
+
     def slice(self, layer_index: int, expert_ids: Sequence[int]) -> ExpertSlice | None:
         """Copy experts that are held here into a form that travels, or return ``None`` for no ids.
 
@@ -144,9 +155,9 @@ class ExpertStore:
             ClusterError: an expert is not held here.
         """
         wanted = np.array(expert_ids, np.int64)
-        missing = np.setdiff1d(wanted, self.expert_ids(layer_index))
-        if len(missing):
-            self._refuse(layer_index, int(missing[0]))
+        missing = self.lacks(layer_index, expert_ids)
+        if missing:
+            self._refuse(layer_index, missing[0])
         groups = self._groups.get(layer_index, ())
         positions = [np.flatnonzero(np.isin(group.expert_ids, wanted)) for group in groups]
         parts = [_slice(group, layer_index, rows) for group, rows in zip(groups, positions, strict=True) if len(rows)]
@@ -232,6 +243,22 @@ class ExpertStore:
         del state
         arrange_weights(module)
         return _Group(np.array(experts.expert_ids, np.int64), module.eval(), experts.num_bytes)
+
+
+def local_experts(model: MoETransformer) -> list[GroupedExperts]:
+    """Return the experts of each layer of a model.
+
+    Raises:
+        ClusterError: they were replaced by other executors, so their weights are not here.
+    """
+    layers = []
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        experts = block.moe.experts
+        if not isinstance(experts, GroupedExperts):
+            raise ClusterError("the experts of this model run elsewhere already. Load the model again.")
+        layers.append(experts)
+    return layers
 
 
 def slice_experts(experts: GroupedExperts, layer_index: int, expert_ids: Sequence[int]) -> ExpertSlice:

@@ -14,7 +14,7 @@ from cluster.directory import Directory
 from cluster.machine import machine_id
 from cluster.placement.placement import Placement
 from cluster.placement.problem import PlacementProblem
-from cluster.remote_experts import HOME
+from cluster.placement.replica_choice import HOME
 from cluster.shelf import Shelf
 from cluster.transport.sockets import HostAddress, remove_socket_folder
 from moe_bitnet.config import ModelConfig
@@ -99,8 +99,7 @@ class HostFleet:
         names, waiting = hosted_devices(placement), []
         for name in list(self._hosts):
             if name in names:
-                index = placement.device_names.index(name)
-                kept = {layer: placement.expert_ids_on(index, layer) for layer in range(placement.num_layers)}
+                kept = placement.experts_on(placement.device_names.index(name))
                 waiting.append((name, self._hosts[name].call("leave_before", epoch, kept)))
             else:
                 self.end(name)
@@ -128,7 +127,7 @@ class HostFleet:
             self.end(name)
 
     def _start(self, problem: PlacementProblem, placement: Placement, name: str, epoch: int) -> RayHost:
-        node_id = next(device.node_id for device in problem.topology.devices if device.name == name)
+        node_id = problem.topology.device(name).node_id
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
         if node_id is not None and node_id not in nodes:  # Ray would wait for it without a word
             raise ClusterError(
@@ -153,11 +152,8 @@ class HostFleet:
         held = {name: self._hosts[name].call("expert_ids") for name in hosted_devices(placement)}
         lacking = {}
         for name, wait in held.items():
-            here, index = wait(), placement.device_names.index(name)
-            lacking[name] = [
-                sorted(set(placement.expert_ids_on(index, layer)) - set(here.get(layer, ())))
-                for layer in range(placement.num_layers)
-            ]
+            here, wanted = wait(), placement.experts_on(placement.device_names.index(name))
+            lacking[name] = [sorted(set(ids) - set(here.get(layer, ()))) for layer, ids in wanted.items()]
         return lacking
 
     def _load(
@@ -186,23 +182,20 @@ class HostFleet:
 
 def hosted_devices(placement: Placement) -> list[str]:
     """Return the devices of a placement that need a host: all with experts, except the home."""
-    layers = range(placement.num_layers)
     return [
         name
         for index, name in enumerate(placement.device_names)
-        if index != HOME and any(placement.expert_ids_on(index, layer) for layer in layers)
+        if index != HOME and any(placement.experts_on(index).values())
     ]
 
 
 def room_for_experts(problem: PlacementProblem, placement: Placement, device_index: int) -> int:
     """Return the bytes that experts may fill on a device of a placement."""
-    name = placement.device_names[device_index]
-    usable_bytes = next(device.usable_bytes for device in problem.topology.devices if device.name == name)
-    return usable_bytes - (problem.home_bytes if device_index == HOME else 0)
+    device = problem.topology.device(placement.device_names[device_index])
+    return device.usable_bytes - (problem.home_bytes if device_index == HOME else 0)
 
 
 def _num_sharers(problem: PlacementProblem, placement: Placement, node_id: str | None) -> int:
     """Count the processes that share a node's cores: its hosts, and this one if it is there."""
-    nodes = {device.name: device.node_id for device in problem.topology.devices}
-    num_hosts = sum(nodes[name] == node_id for name in hosted_devices(placement))
+    num_hosts = sum(problem.topology.device(name).node_id == node_id for name in hosted_devices(placement))
     return num_hosts + (node_id in (None, ray.get_runtime_context().get_node_id()))

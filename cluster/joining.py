@@ -13,18 +13,18 @@ from typing import Any
 from cluster.actors import RayHost
 from cluster.config import ClusterConfig
 from cluster.directory import Directory
-from cluster.expert_store import ExpertStore, slice_experts
+from cluster.dispatch_batch import RowRules
+from cluster.expert_store import ExpertStore, local_experts, slice_experts
 from cluster.machine import machine_id
-from cluster.placement.placement import Placement
-from cluster.remote_experts import HOME, Dispatcher, DispatchPlan, RemoteExperts, RowRules
+from cluster.placement.replica_choice import HOME
+from cluster.remote_experts import Dispatcher, DispatchPlan, RemoteExperts
 from cluster.transport.header import FrameLimits
 from cluster.transport.links import HostLinks, LinkTimes
 from cluster.transport.meter import TrafficMeter
 from cluster.transport.sockets import KeyPair
-from moe_bitnet.checkpoint.pack import model_layout, require_local_experts
-from moe_bitnet.errors import ClusterError, HostDownError
-from moe_bitnet.experts import GroupedExperts
-from moe_bitnet.model import Block, MoETransformer
+from moe_bitnet.checkpoint.pack import model_layout
+from moe_bitnet.errors import HostDownError
+from moe_bitnet.model import MoETransformer
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,6 @@ def join_expert_hosts(model: MoETransformer, invitation: Invitation) -> Iterator
     Raises:
         ClusterError: a host does not answer, or the model's experts are elsewhere.
     """
-    require_local_experts(model)
     guest = _Guest(model, invitation)
     try:
         yield JoinedExperts(guest.executors, guest.meter)
@@ -81,7 +80,7 @@ class _Guest:
 
     def __init__(self, model: MoETransformer, invitation: Invitation) -> None:
         config, self._invitation = invitation.config, invitation
-        self._layers = [_experts_of(block) for block in model.blocks]
+        self._layers = local_experts(model)
         keys = KeyPair.generate()
         self._actors = {
             name: RayHost(actor, name, config.connect_timeout_s) for name, actor in invitation.actors.items()
@@ -107,13 +106,13 @@ class _Guest:
 
     def _follow(self, directory: Directory) -> None:
         plan = DispatchPlan.of(directory.placement, directory.epoch)
-        for layer_index, experts in enumerate(self._layers):
-            wanted = directory.placement.expert_ids_on(HOME, layer_index)
-            missing = sorted(set(wanted) - set(self._home.expert_ids(layer_index)))
+        wanted = directory.placement.experts_on(HOME)
+        for layer_index, expert_ids in wanted.items():
+            missing = self._home.lacks(layer_index, expert_ids)
             if missing:
-                self._home.load(slice_experts(experts, layer_index, missing))
+                self._home.load(slice_experts(self._layers[layer_index], layer_index, missing))
         self._dispatcher.follow(plan, directory.addresses)
-        _keep_home(self._home, directory.placement)
+        self._home.keep(wanted)
 
     def _recover(self, dispatcher: Dispatcher, down: list[str]) -> None:
         """Wait until the owner has put another plan in force, or a host that was down answers."""
@@ -142,16 +141,3 @@ class _Guest:
             if directory is not None:
                 directories.append(directory)
         return max(directories, key=lambda each: each.epoch, default=None)
-
-
-def _keep_home(home: ExpertStore, placement: Placement) -> None:
-    for layer_index in range(placement.num_layers):
-        home.keep_only(layer_index, placement.expert_ids_on(HOME, layer_index))
-
-
-def _experts_of(block: Any) -> GroupedExperts:
-    assert isinstance(block, Block)
-    experts = block.moe.experts
-    if not isinstance(experts, GroupedExperts):
-        raise ClusterError("join_expert_hosts: the experts of this model run elsewhere already. Load the model again.")
-    return experts

@@ -1,9 +1,9 @@
-"""Weighted sums of the experts' outputs of each row, on the device that computed them."""
+"""Rows before they travel: weighted sums of the experts' outputs, and rounding to a format."""
 
 import torch
 from torch import Tensor
 
-from cluster.transport.row_format import Combine
+from cluster.transport.row_format import RowFormat
 from moe_bitnet.kernels import select
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -27,9 +27,9 @@ def sum_pairs(outputs: Tensor, expert_weights: Tensor, pairs_per_row: Tensor) ->
     return sums.index_add_(0, torch.repeat_interleave(pairs_per_row), weighted)
 
 
-def to_format(rows: Tensor, combine: Combine) -> tuple[Tensor, Tensor | None]:
-    """Round float32 rows ``[n, H]`` to the format in which they travel; returns them and the scales of int8 rows."""
-    if combine.row_format == "int8":
+def to_format(rows: Tensor, row_format: RowFormat) -> tuple[Tensor, Tensor | None]:
+    """Round float rows ``[n, H]`` to the format in which they travel; returns them and the scales of int8 rows."""
+    if row_format == "int8":
         quantized, scales = select("quantize_activation", rows.device.type)(rows)
         return quantized, scales
-    return rows.to(_DTYPES[combine.row_format]), None
+    return rows.to(_DTYPES[row_format]), None

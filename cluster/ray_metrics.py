@@ -39,7 +39,7 @@ class MetricsPublisher:
         for key, size in totals.items():
             new = size - self._told.get(key, 0)
             if new > 0:
-                self._bytes.inc(new, {**_tags(key)})
+                self._bytes.inc(new, _tags(key))
         if num_tokens > self._told_tokens:
             self._tokens.inc(num_tokens - self._told_tokens)
         self._told, self._told_tokens = totals, num_tokens

@@ -5,11 +5,12 @@ import copy
 import torch
 from factories import tiny_model
 
+from cluster.dispatch_batch import RowRules
 from cluster.expert_host import ExpertHost
 from cluster.expert_store import ExpertStore, slice_experts
 from cluster.placement.placement import Placement
 from cluster.placement.problem import PlacementProblem
-from cluster.remote_experts import Dispatcher, DispatchPlan, RemoteExperts, RowRules
+from cluster.remote_experts import Dispatcher, DispatchPlan, RemoteExperts
 from cluster.topology import logical_devices
 from cluster.transport.codec import decode, encode
 from cluster.transport.frames import DispatchFrame

@@ -48,8 +48,7 @@ def evacuate(problem: PlacementProblem, placement: Placement, lost: Collection[s
 
 
 def _free_bytes(problem: PlacementProblem, names: list[str], kept: list[list[list[int]]]) -> list[int]:
-    usable = {device.name: device.usable_bytes for device in problem.topology.devices}
-    free_bytes = [usable[name] for name in names]
+    free_bytes = [problem.topology.device(name).usable_bytes for name in names]
     free_bytes[0] -= problem.home_bytes
     for layer in kept:
         for copies in layer:

@@ -80,6 +80,10 @@ class Placement:
         layer = self.devices_of_expert[layer_index]
         return [expert_id for expert_id, copies in enumerate(layer) if device_index in copies]
 
+    def experts_on(self, device_index: int) -> dict[int, list[int]]:
+        """Return the experts that have a copy on one device, ascending, by layer; a layer without any is there, too."""
+        return {layer_index: self.expert_ids_on(device_index, layer_index) for layer_index in range(self.num_layers)}
+
     def num_experts_per_device(self, layer_index: int) -> list[int]:
         """Return how many experts of one layer each device holds, in device order; every copy counts."""
         counts = [0] * self.num_devices

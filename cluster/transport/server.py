@@ -50,6 +50,9 @@ class _AllowedKeys:
 class FrameServer:
     """Answers frames until it is stopped.
 
+    A peer that was let in is trusted in one thing: ZeroMQ bounds each part of a message (``max_frame_bytes``), but
+    keeps parts until the last one has come, however many they are.
+
     Args:
         device_name: of the device that is served.
         answer: frame → answer; may raise :class:`moe_bitnet.errors.MoEBitNetError`, which the peer is told.
@@ -61,9 +64,6 @@ class FrameServer:
     Raises:
         ConfigError: ``ip`` is no address, or stands for all interfaces.
         ClusterError: the address cannot be bound.
-
-    A peer that was let in is trusted in one thing: ZeroMQ bounds each part of a message (``max_frame_bytes``), but
-    keeps parts until the last one has come, however many they are.
     """
 
     def __init__(
@@ -188,9 +188,8 @@ class FrameServer:
         try:
             socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
             socket.send(answer, zmq.NOBLOCK)
-        except (
-            zmq.ZMQError
-        ) as error:  # the peer is gone, or does not read: its answer is lost, as it would be on the way
+        except zmq.ZMQError as error:
+            # the peer is gone, or does not read: its answer is lost, as it would be on the way
             logger.warning("host %s could not answer a peer (%s)", self.address.device_name, error)
 
     def _drop(self, key: tuple[int, bytes]) -> None:

@@ -95,7 +95,7 @@ def test_the_answer_is_what_the_frame_asked_for(kind, mode, row_format):
         rows = local_rows(experts_of(model), hidden_states, choices)[slots]
         if mode == "partial_sums":
             rows = sum_pairs(rows, weights.flatten()[slots], frame.pairs_per_row)
-        expected, scales = to_format(rows, combine)
+        expected, scales = to_format(rows, combine.row_format)
         answer = ask(host_for(model, expert_ids), frame)
         assert answer.row_format == row_format
         assert len(answer.rows) == frame.num_answer_rows

@@ -4,7 +4,6 @@ import torch
 
 from cluster.partial_sums import sum_pairs, to_format
 from cluster.transport.frames import CombineFrame
-from cluster.transport.row_format import Combine
 
 EPSILON = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 0.0}
 """Largest relative error of rounding float32 once."""
@@ -65,7 +64,7 @@ def test_no_rows_are_no_sums():
     empty = sum_pairs(torch.empty(0, 7), torch.empty(0), torch.empty(0, dtype=torch.int64))
     assert empty.shape == (0, 7)
     for row_format in ("int8", *EPSILON):
-        rows, scales = to_format(empty, Combine("rows", row_format))
+        rows, scales = to_format(empty, row_format)
         assert rows.shape == (0, 7)
         assert (scales is not None) == (row_format == "int8")
 
@@ -73,7 +72,7 @@ def test_no_rows_are_no_sums():
 @pytest.mark.parametrize("row_format", EPSILON)
 def test_floats_are_rounded_once(row_format):
     rows = random_pairs([1] * 33, 7)[0]
-    rounded, scales = to_format(rows, Combine("partial_sums", row_format))
+    rounded, scales = to_format(rows, row_format)
     assert scales is None
     assert rounded.dtype == getattr(torch, row_format)
     error = (rounded.double() - rows.double()).abs()
@@ -85,7 +84,7 @@ def test_floats_are_rounded_once(row_format):
 def test_int8_rows_are_off_by_half_a_step_at_most():
     rows = random_pairs([1] * 33, 7)[0]
     rows[3] = 0
-    quantized, scales = to_format(rows, Combine("partial_sums", "int8"))
+    quantized, scales = to_format(rows, "int8")
     assert (quantized.dtype, scales.dtype, scales.shape) == (torch.int8, torch.float32, (33, 1))
     values = CombineFrame(0, 0, quantized, scales).values()
     step = rows.double().abs().amax(dim=1, keepdim=True) / 127

@@ -21,9 +21,10 @@ from host_factories import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.dispatch_batch import RowRules
 from cluster.expert_host import ExpertHost
 from cluster.placement.cost import routed_bytes
-from cluster.remote_experts import Dispatcher, DispatchPlan, RemoteExperts, RowRules
+from cluster.remote_experts import Dispatcher, DispatchPlan, RemoteExperts
 from cluster.transport.codec import decode, encode
 from cluster.transport.frames import HEADER_BYTES, CombineFrame
 from cluster.transport.header import FrameLimits

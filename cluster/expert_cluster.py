@@ -269,10 +269,10 @@ class ExpertCluster:
     def _recover(self, dispatcher: Dispatcher, down: list[str]) -> None:
         """Make experts reachable whose hosts do not answer: wait for a live host, else place them elsewhere."""
         with self._lock:
-            if not down:  # another thread has just put a new plan in force
-                return
             hosts = self._fleet.hosts
             down = [name for name in down if name in hosts]
+            if not down:  # another thread has just put a new plan in force
+                return
             lost = [name for name in down if not hosts[name].is_alive(_ALIVE_TIMEOUT_S)]
             if not lost:
                 self._wait_for(down)

@@ -16,7 +16,6 @@ import ray
 
 from cluster.actors import RayHost
 from cluster.config import ClusterConfig
-from cluster.directory import Directory
 from cluster.dispatch_batch import RowRules
 from cluster.expert_source import CheckpointSource
 from cluster.expert_store import ExpertStore, local_experts, slice_experts
@@ -132,9 +131,8 @@ class ExpertCluster:
     def invitation(self) -> Invitation:
         """What another process of the same Ray cluster needs for ``cluster.joining.join_expert_hosts``."""
         with self._lock:
-            directory = Directory(self.epoch, self.placement, self._fleet.addresses(self.placement))
-            actors = {name: host.actor for name, host in self._fleet.hosts.items()}
-            return Invitation(directory, actors, self._home.usable_bytes, self._config)
+            directory = self._fleet.directory(self.epoch, self.placement)
+            return Invitation(directory, self._home.usable_bytes, self._config)
 
     @property
     def hosts(self) -> Mapping[str, RayHost]:

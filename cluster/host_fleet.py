@@ -88,9 +88,14 @@ class HostFleet:
             self._addresses[name] = wait()
         self._load(problem, placement, self._lacking(placement), layers)
 
+    def directory(self, epoch: int, placement: Placement) -> Directory:
+        """Return what guests need to follow a plan."""
+        actors = {name: self._hosts[name].actor for name in hosted_devices(placement)}
+        return Directory(epoch, placement, self.addresses(placement), actors)
+
     def announce(self, epoch: int, placement: Placement) -> None:
         """Tell the hosts of a placement to follow its plan too, and to tell dispatchers that ask."""
-        directory = Directory(epoch, placement, self.addresses(placement))
+        directory = self.directory(epoch, placement)
         for wait in [self._hosts[name].call("follow", directory) for name in hosted_devices(placement)]:
             wait()
 

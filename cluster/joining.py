@@ -4,11 +4,11 @@ The owner writes an invitation, which travels through Ray; who joins gets execut
 plans: a joined dispatcher learns of a new one when a host refuses the old, and asks that host for it.
 """
 
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from cluster.actors import RayHost
 from cluster.config import ClusterConfig
@@ -26,6 +26,8 @@ from moe_bitnet.checkpoint.pack import model_layout
 from moe_bitnet.errors import HostDownError
 from moe_bitnet.model import MoETransformer
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Invitation:
@@ -33,13 +35,11 @@ class Invitation:
 
     Attributes:
         directory: the plan in force when it was written.
-        actors: of the hosts, by device name.
         usable_home_bytes: what experts may fill at home.
         config: row formats and time-outs.
     """
 
     directory: Directory
-    actors: Mapping[str, Any]
     usable_home_bytes: int
     config: ClusterConfig
 
@@ -66,7 +66,7 @@ def join_expert_hosts(model: MoETransformer, invitation: Invitation) -> Iterator
             executors, since a later plan may bring any of them home.
         invitation: from ``ExpertCluster.invitation``.
     Raises:
-        ClusterError: a host does not answer, or the model's experts are elsewhere.
+        ClusterError: the model's experts are elsewhere.
     """
     guest = _Guest(model, invitation)
     try:
@@ -81,18 +81,14 @@ class _Guest:
     def __init__(self, model: MoETransformer, invitation: Invitation) -> None:
         config, self._invitation = invitation.config, invitation
         self._layers = local_experts(model)
-        keys = KeyPair.generate()
-        self._actors = {
-            name: RayHost(actor, name, config.connect_timeout_s) for name, actor in invitation.actors.items()
-        }
-        for wait in [host.call("allow", keys.public) for host in self._actors.values()]:
-            wait()
+        self._keys = KeyPair.generate()
+        self._hosts: list[RayHost] = []
         placement = invitation.directory.placement
         self._home = ExpertStore(
             placement.device_names[HOME], invitation.usable_home_bytes, model.config, model_layout(model)
         )
         self._links = HostLinks(
-            machine_id(), keys, FrameLimits(max_hidden_size=model.config.hidden_size), LinkTimes.of(config)
+            machine_id(), self._keys, FrameLimits(max_hidden_size=model.config.hidden_size), LinkTimes.of(config)
         )
         self.meter = TrafficMeter()
         plan = DispatchPlan.of(placement, invitation.directory.epoch)
@@ -105,6 +101,14 @@ class _Guest:
             self._links.close()
 
     def _follow(self, directory: Directory) -> None:
+        """Put a plan in force here; its hosts, some of them new, let this guest in first."""
+        timeout_s = self._invitation.config.connect_timeout_s
+        self._hosts = [RayHost(actor, name, timeout_s) for name, actor in directory.actors.items()]
+        for host, wait in [(host, host.call("allow", self._keys.public)) for host in self._hosts]:
+            try:
+                wait()
+            except HostDownError as error:  # other copies may do; rows that need this host say so
+                logger.warning("host %s did not let this process in (%s)", host.device_name, error)
         plan = DispatchPlan.of(directory.placement, directory.epoch)
         wanted = directory.placement.experts_on(HOME)
         for layer_index, expert_ids in wanted.items():
@@ -133,7 +137,7 @@ class _Guest:
 
     def _newest_directory(self) -> Directory | None:
         directories: list[Directory] = []
-        for wait in [host.call("directory") for host in self._actors.values()]:
+        for wait in [host.call("directory") for host in self._hosts]:
             try:
                 directory = wait()
             except HostDownError:

@@ -258,13 +258,21 @@ def test_two_dispatchers_share_hosts_and_the_second_follows_a_change_of_plan(mod
     with running(model) as (hosts, remote), Working(model, remote) as working:
         guest = Guest.remote(hosts.invitation)
         assert ray.get(guest.text.remote(), timeout=60) == working.expected
-        for devices_of_expert in (REPLICATED, SPREAD):
-            hosts.rebalance(plan_for(model, devices_of_expert, 3)[1])
+        # device-3 gets a host after the guest has come: it must know the guest's key, too
+        for devices_of_expert in (REPLICATED, [[3, 1, 2, 3, 0], [2, 3, 1, 2, 3]], SPREAD):
+            num_devices = 4 if 3 in devices_of_expert[0] else 3
+            problem, placement = plan_for(model, devices_of_expert, num_devices)
+            hosts.rebalance(placement, problem)
             texts = [guest.text.remote() for _ in range(2)]
             working.wait_for_texts(2)
             assert ray.get(texts, timeout=60) == [working.expected] * 2
+            assert [num_allowed_keys(host) for host in hosts.hosts.values()] == [2] * (num_devices - 1)
         ray.kill(guest)
         working.wait_for_texts(1)
+
+
+def num_allowed_keys(host):
+    return ray.get(host.actor.__ray_call__.remote(lambda actor: len(actor._server._allowed._keys)), timeout=60)
 
 
 # --- Faults
@@ -321,6 +329,17 @@ def test_without_replicas_the_experts_are_loaded_elsewhere(model):
         assert text == expected
         assert hosts.placement.device_names == ("device-0", "device-1")
         assert [each.device_name for each in hosts.health()] == ["device-0", "device-1"]
+
+
+def test_a_thread_that_comes_late_to_a_recovery_goes_on_at_once(model):
+    """Two threads miss the same host; while the first recovers, the second waits with what it saw before."""
+    with running(model) as (hosts, remote):
+        process_of(hosts, "device-2").kill()
+        assert torch.equal(logits_of(remote), logits_of(model))
+        start_s = time.monotonic()
+        hosts._recover(hosts._dispatcher, ["device-2"])
+        assert time.monotonic() - start_s < 1
+        assert torch.equal(logits_of(remote), logits_of(model))
 
 
 def test_without_room_elsewhere_the_host_is_started_again(model):

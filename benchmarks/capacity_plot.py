@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from benchmarks.metrics import Metric
+from benchmarks.plot_style import INK, MUTED, save_figure, style_axes
 from moe_bitnet.errors import DataError
 
 # Grey for FP16; the others apart in lightness, from 8 bits to 2.
@@ -19,7 +20,6 @@ _COLORS = {
     "K4V2": "#e08a4f",
     "K2V2": "#b8430f",
 }
-_INK, _MUTED = "#1d2430", "#5c6670"
 _METRIC = "max_sequence.tokens"
 
 
@@ -40,16 +40,9 @@ def plot_capacity(metrics: Sequence[Metric], path: Path) -> None:
     panels = figure.subplots(1, len(models), squeeze=False)[0]
     for axes, model in zip(panels, models, strict=True):
         _draw_model(axes, [metric for metric in points if metric.detail["model"] == model])
-        axes.set_title(model, loc="left", color=_INK, fontweight="bold")
-    panels[0].set_ylabel("tokens held, really filled", color=_MUTED)
-    first = points[0]
-    where = f"{first.machine.get('cpu', 'unknown machine')}, {first.machine.get('num_cores', '?')} cores"
-    figure.supxlabel(
-        f"{where} · commit {first.commit} · dots: prefill through the model, rings: keys and values stored",
-        x=0.01, ha="left", color=_MUTED, fontsize="small",
-    )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+        axes.set_title(model, loc="left", color=INK, fontweight="bold")
+    panels[0].set_ylabel("tokens held, really filled", color=MUTED)
+    save_figure(figure, path, points[0], "dots: prefill through the model, rings: keys and values stored")
 
 
 def _draw_model(axes: Axes, points: Sequence[Metric]) -> None:
@@ -71,7 +64,4 @@ def _draw_model(axes: Axes, points: Sequence[Metric]) -> None:
     axes.set_xticks(budgets, [f"{budget} MiB" for budget in budgets])
     axes.set_xlim(budgets[0] / 1.3, budgets[-1] * (2.2 if len(budgets) == 1 else (budgets[-1] / budgets[0]) ** 0.55))
     axes.minorticks_off()
-    axes.tick_params(colors=_MUTED, labelsize="small", length=3)
-    axes.grid(color="#e3e6ea", linewidth=0.8)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    style_axes(axes)

@@ -10,11 +10,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.metrics import Metric
+from benchmarks.plot_style import INK, MUTED, save_figure, style_bars
 from moe_bitnet.errors import DataError
 
 # Blue, orange and greys that differ in lightness as well.
 _COLORS = ("#2b6ca8", "#e08a4f", "#9aa3ad", "#4b545e")
-_INK, _MUTED = "#1d2430", "#5c6670"
 _GROUP_HEIGHT, _LARGEST_HEIGHT = 0.74, 0.4
 
 
@@ -63,12 +63,9 @@ def plot_bars(
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.08))
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw_panel(axes, panel, is_logarithmic)
-        axes.set_xlabel(unit, color=_MUTED, fontsize="small")
-    figure.suptitle(title, x=0.01, ha="left", color=_INK, fontweight="bold")
-    where = f"{source.machine.get('cpu', 'unknown machine')}, {source.machine.get('num_cores', '?')} cores"
-    figure.supxlabel(f"{where} · commit {source.commit}", x=0.01, ha="left", color=_MUTED, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+        axes.set_xlabel(unit, color=MUTED, fontsize="small")
+    figure.suptitle(title, x=0.01, ha="left", color=INK, fontweight="bold")
+    save_figure(figure, path, source)
 
 
 def _draw_panel(axes: Axes, panel: Panel, is_logarithmic: bool) -> None:
@@ -79,9 +76,9 @@ def _draw_panel(axes: Axes, panel: Panel, is_logarithmic: bool) -> None:
         axes.barh(rows, values, height=0.9 * height, color=_COLORS[index % len(_COLORS)], label=name)
         for position, (row, value) in enumerate(zip(rows, values, strict=True)):
             end = value if panel.upper_ends is None or index else max(value, panel.upper_ends[position])
-            axes.plot([value, end], [row, row], color=_INK, linewidth=1.0)
+            axes.plot([value, end], [row, row], color=INK, linewidth=1.0)
             axes.annotate(
-                _number(value), (end, row), xytext=(4, 0), textcoords="offset points", va="center", color=_INK,
+                _number(value), (end, row), xytext=(4, 0), textcoords="offset points", va="center", color=INK,
                 fontsize="small",
             )  # fmt: skip
     axes.set_yticks(range(len(panel.labels)), panel.labels)
@@ -94,15 +91,10 @@ def _draw_panel(axes: Axes, panel: Panel, is_logarithmic: bool) -> None:
     else:
         axes.set_xlim(0, 1.3 * largest if largest else 1)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.set_title(panel.title, loc="left", color=_INK, fontsize="medium")
-    axes.tick_params(colors=_MUTED, labelsize="small", length=3)
-    axes.grid(axis="x", color="#e3e6ea", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "bottom"):
-        axes.spines[side].set_visible(False)
-    axes.spines["left"].set_color(_MUTED)
+    axes.set_title(panel.title, loc="left", color=INK, fontsize="medium")
+    style_bars(axes)
     if len(panel.values) > 1:
-        axes.legend(frameon=False, fontsize="small", labelcolor=_MUTED)
+        axes.legend(frameon=False, fontsize="small", labelcolor=MUTED)
 
 
 def _number(value: float) -> str:

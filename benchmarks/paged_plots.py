@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from benchmarks.metrics import Metric
+from benchmarks.plot_style import source_text
 from moe_bitnet.errors import DataError
 
 # Dark to light by width; apart under the common forms of colour blindness.
@@ -55,10 +56,8 @@ def plot_by_depth(metrics: Sequence[Metric], path: Path) -> None:
         axes.set_title(label, loc="left", fontsize="medium")
         axes.grid(color="#e3e6ea", linewidth=0.8)
         axes.legend(frameon=False, fontsize="small")
-    first = metrics[0]
-    where = f"{first.machine.get('cpu', 'unknown machine')}, {first.machine.get('num_cores', '?')} cores"
     figure.suptitle(
-        f"One token's attention, LLaMA-3-8B heads · {where} · commit {first.commit}",
+        f"One token's attention, LLaMA-3-8B heads · {source_text(metrics[0])}",
         x=0.01,
         ha="left",
         fontsize="small",

@@ -89,24 +89,17 @@ def measure_traffic(report: Report, num_layers: int, device_counts: tuple[int, .
         figures = judge(placement, judged)
         detail = {"experts": 128, "top_k": 8, "devices": num_devices, "layers": num_layers, "trace": "clustered"}
         has_goal = num_devices == 8
-        report.add(
-            "visits_vs_contiguous",
-            figures.visits / contiguous.visits,
-            "ratio",
-            baseline="contiguous, visits a token and layer",
-            baseline_value=contiguous.visits,
-            detail={**detail, "visits": figures.visits},
-            at_most=0.70 if has_goal else None,
-        )
-        report.add(
-            "distinct_devices_vs_contiguous",
-            figures.distinct_devices / contiguous.distinct_devices,
-            "ratio",
-            baseline="contiguous, devices a token and layer",
-            baseline_value=contiguous.distinct_devices,
-            detail={**detail, "distinct_devices": figures.distinct_devices},
-            at_most=0.70 if has_goal else None,
-        )
+        for name, noun in (("visits", "visits"), ("distinct_devices", "devices")):
+            value, base = getattr(figures, name), getattr(contiguous, name)
+            report.add(
+                f"{name}_vs_contiguous",
+                value / base,
+                "ratio",
+                baseline=f"contiguous, {noun} a token and layer",
+                baseline_value=base,
+                detail={**detail, name: value},
+                at_most=0.70 if has_goal else None,
+            )
         report.add(
             "imbalance",
             figures.imbalance,
@@ -152,8 +145,10 @@ def measure_replicas(report: Report) -> None:
     trace = zipf_trace(NUM_TOKENS, 1, 256, 8, exponent=0.8)
     learned, judged = trace.split_half()
     problem = problem_of(trace, 32, spare=1)
-    goal = {"trace": learned, "num_devices": 32, "max_imbalance": LEARNED_CAP}
-    alone, copied = solve_placement(problem, **goal), solve_placement(problem, **goal, with_replicas=True)  # type: ignore[arg-type]
+    alone, copied = (
+        solve_placement(problem, trace=learned, num_devices=32, max_imbalance=LEARNED_CAP, with_replicas=with_replicas)
+        for with_replicas in (False, True)
+    )
     before, after = judge(alone, judged), judge(copied, judged)
     detail = {"experts": 256, "top_k": 8, "devices": 32, "trace": "Zipf 0.8", "replicas": copied.num_replicas}
     report.add(

@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from benchmarks.metrics import Metric
+from benchmarks.plot_style import INK, MUTED, save_figure, style_axes
 from moe_bitnet.errors import DataError
 
 _LEARNED, _CONTIGUOUS = "#2b6ca8", "#9aa3ad"
-_INK, _MUTED = "#1d2430", "#5c6670"
 _PANELS = (
     ("placement.distinct_devices_vs_contiguous", "devices that a token visits in a layer"),
     ("placement.imbalance", "load of the fullest device / mean, worst layer"),
@@ -35,15 +35,10 @@ def plot_placement(metrics: Sequence[Metric], path: Path) -> None:
             raise DataError(f"{path}: none of {len(metrics)} metrics is {name}. Give others.")
         first = first or points[0]
         _draw(axes, points, is_ratio=name.endswith("_vs_contiguous"))
-        axes.set_title(label, loc="left", color=_INK, fontweight="bold", fontsize="medium")
+        axes.set_title(label, loc="left", color=INK, fontweight="bold", fontsize="medium")
     assert first is not None
-    where = f"{first.machine.get('cpu', 'unknown machine')}, {first.machine.get('num_cores', '?')} cores"
-    figure.supxlabel(
-        f"{where} · commit {first.commit} · clustered trace, 128 experts, top-8; learned on one half, "
-        "judged on the other", x=0.01, ha="left", color=_MUTED, fontsize="small",
-    )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+    remark = "clustered trace, 128 experts, top-8; learned on one half, judged on the other"
+    save_figure(figure, path, first, remark)
 
 
 def _draw(axes: Axes, points: Sequence[Metric], is_ratio: bool) -> None:
@@ -63,9 +58,6 @@ def _draw(axes: Axes, points: Sequence[Metric], is_ratio: bool) -> None:
     axes.set_xticks(devices, [str(count) for count in devices])
     axes.set_xlim(devices[0] / 1.2, devices[-1] * 2.6)
     axes.set_ylim(bottom=1.0, top=1.08 * max(*contiguous, *learned, 1.05))
-    axes.set_xlabel("devices", color=_MUTED)
+    axes.set_xlabel("devices", color=MUTED)
     axes.minorticks_off()
-    axes.tick_params(colors=_MUTED, labelsize="small", length=3)
-    axes.grid(color="#e3e6ea", linewidth=0.8)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    style_axes(axes)

@@ -8,12 +8,12 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from benchmarks.metrics import Metric
+from benchmarks.plot_style import INK, MUTED, save_figure, style_bars
 from benchmarks.table import detail_text, goal_text
 from moe_bitnet.errors import DataError
 
 # Blue and vermilion stay apart under the common forms of colour blindness.
 _REACHED, _MISSED, _NO_GOAL = "#2b6ca8", "#d0561a", "#9aa3ad"
-_INK, _MUTED = "#1d2430", "#5c6670"
 _BAR_HEIGHT = 0.46
 _MAX_DETAIL = 70
 
@@ -37,14 +37,8 @@ def plot_shares(metrics: Sequence[Metric], path: Path, title: str = "") -> None:
         _draw_bar(axes, row, metric)
     _style(axes, shares)
     first = shares[0]
-    axes.set_title(title or first.metric.partition(".")[0], loc="left", color=_INK, fontweight="bold", pad=14)
-    where = f"{first.machine.get('cpu', 'unknown machine')}, {first.machine.get('num_cores', '?')} cores"
-    figure.supxlabel(
-        f"{where} · commit {first.commit} · the line across a bar is its goal", x=0.01, ha="left", color=_MUTED,
-        fontsize="small",
-    )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+    axes.set_title(title or first.metric.partition(".")[0], loc="left", color=INK, fontweight="bold", pad=14)
+    save_figure(figure, path, first, "the line across a bar is its goal")
 
 
 def _draw_bar(axes: Axes, row: int, metric: Metric) -> None:
@@ -54,22 +48,22 @@ def _draw_bar(axes: Axes, row: int, metric: Metric) -> None:
     end = metric.value
     if metric.goal is not None:
         edges = [row - _BAR_HEIGHT * 0.72, row + _BAR_HEIGHT * 0.72]
-        axes.plot([metric.goal, metric.goal], edges, color=_INK, linewidth=2.0, solid_capstyle="butt")
+        axes.plot([metric.goal, metric.goal], edges, color=INK, linewidth=2.0, solid_capstyle="butt")
         # Beside the line, if the number would lie upon it.
         end = max(end, metric.goal) if metric.goal > 0.8 * end else end
     number = axes.annotate(
-        f"{metric.value:.3g}", (end, row), xytext=(6, 0), textcoords="offset points", va="center", color=_INK,
+        f"{metric.value:.3g}", (end, row), xytext=(6, 0), textcoords="offset points", va="center", color=INK,
         fontweight="bold",
     )  # fmt: skip
     axes.annotate(
         goal_text(metric), (1, 0.5), xycoords=number, xytext=(6, 0), textcoords="offset points", va="center",
-        color=_MUTED, fontsize="small",
+        color=MUTED, fontsize="small",
     )  # fmt: skip
     detail = detail_text({key: value for key, value in metric.detail.items() if key != "is_quick"})
     label = metric.metric.partition(".")[2].replace("_", " ") + (f"  ({detail})" if detail else "")
     axes.annotate(
         label if len(label) <= _MAX_DETAIL else label[: _MAX_DETAIL - 1] + "…", (0, row - _BAR_HEIGHT * 0.72),
-        xytext=(2, 1), textcoords="offset points", va="bottom", color=_MUTED, fontsize="small", parse_math=False,
+        xytext=(2, 1), textcoords="offset points", va="bottom", color=MUTED, fontsize="small", parse_math=False,
     )  # fmt: skip
 
 
@@ -78,9 +72,4 @@ def _style(axes: Axes, shares: Sequence[Metric]) -> None:
     axes.set_xlim(0.0, 1.2 * longest if longest > 0 else 1.0)
     axes.set_ylim(len(shares) - 0.5, -0.9)
     axes.set_yticks([])
-    axes.tick_params(colors=_MUTED, labelsize="small", length=3)
-    axes.grid(axis="x", color="#e3e6ea", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "bottom"):
-        axes.spines[side].set_visible(False)
-    axes.spines["left"].set_color(_MUTED)
+    style_bars(axes)

@@ -53,7 +53,7 @@ PROMPT_IDS = tuple(range(1, 17))
 NUM_TOKENS, LOST_AFTER = 96, 32
 TEMPERATURE = 1.0  # sampled with a seed, so that the text of random weights does not stand still
 CACHE_BYTES = 64 << 20
-NUM_HOSTS, HOME = 2, 0
+NUM_HOSTS = 2
 GOAL_S = 1.0
 
 

@@ -7,10 +7,10 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from benchmarks.metrics import Metric
+from benchmarks.plot_style import INK, MUTED, save_figure, style_axes
 from moe_bitnet.errors import DataError
 
 _COLORS = ("#2b6ca8", "#d0561a", "#7b858f")
-_INK, _MUTED = "#1d2430", "#5c6670"
 
 
 def plot_recovery(metrics: Sequence[Metric], path: Path) -> None:
@@ -32,16 +32,9 @@ def plot_recovery(metrics: Sequence[Metric], path: Path) -> None:
         label = f"{run.detail['fault']}: at most {run.value or 0.0:.2g} s"
         axes.plot(range(1, 1 + len(times_ms)), times_ms, color=color, linewidth=1.4, label=label)
     axes.set_yscale("log")
-    axes.set_xlabel("token", color=_MUTED)
-    axes.set_ylabel("ms since the token before", color=_MUTED)
-    axes.set_title("A host is lost while the model writes", loc="left", color=_INK, fontweight="bold")
-    axes.tick_params(colors=_MUTED, labelsize="small", length=3)
-    axes.grid(axis="y", color="#e3e6ea", linewidth=0.8)
-    axes.legend(frameon=False, fontsize="small", labelcolor=_MUTED)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    first = runs[0]
-    where = f"{first.machine.get('cpu', 'unknown machine')}, {first.machine.get('num_cores', '?')} cores"
-    figure.supxlabel(f"{where} · commit {first.commit}", x=0.01, ha="left", color=_MUTED, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+    axes.set_xlabel("token", color=MUTED)
+    axes.set_ylabel("ms since the token before", color=MUTED)
+    axes.set_title("A host is lost while the model writes", loc="left", color=INK, fontweight="bold")
+    style_axes(axes, "y")
+    axes.legend(frameon=False, fontsize="small", labelcolor=MUTED)
+    save_figure(figure, path, runs[0])

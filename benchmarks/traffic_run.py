@@ -31,7 +31,6 @@ MODES = {
 """Ways of sending rows. Without dedup a row travels once for each expert, and as often back. The last is exact."""
 
 SEGMENT_BYTES = 1500
-_TCP_PAYLOAD_BYTES = 1448  # of a packet of 1500 bytes, with TCP timestamps
 _SETTLE_S = 0.05  # the last acknowledgement is on its way for up to 40 ms
 _NUM_WARMUPS = 2
 
@@ -138,7 +137,7 @@ def run_steps(
     return Run(
         logical_bytes=meter.inter_device_bytes(("payload", "metadata")),
         counted_bytes=meter.inter_device_bytes(),
-        estimated_bytes=meter.wire_bytes(_TCP_PAYLOAD_BYTES),
+        estimated_bytes=meter.wire_bytes(),
         formula_bytes=bytes_per_token(
             placement.num_experts_per_device(0),
             workload.top_k,

@@ -31,7 +31,6 @@ from cluster.placement.traffic import route, visits_of_devices
 from cluster.transport.row_format import (
     ROW_METADATA_BYTES,
     Combine,
-    CombineMode,
     RowFormat,
     pair_metadata_bytes,
     row_bytes,
@@ -99,13 +98,13 @@ def bytes_per_token(
     Raises:
         ConfigError: impossible ``top_k``, or an unknown format.
     """
-    return _traffic(
+    return traffic_bytes(
         num_pairs=copies_per_token(num_experts_per_device, top_k, has_dedup=False),
         num_visits=copies_per_token(num_experts_per_device, top_k, has_dedup=True),
-        dispatch_row_bytes=row_bytes(hidden_size, dispatch_row),
-        combine_row_bytes=row_bytes(hidden_size, combine.row_format),
+        hidden_size=hidden_size,
+        dispatch_row=dispatch_row,
+        combine=combine,
         has_dedup=has_dedup,
-        mode=combine.mode,
     )
 
 
@@ -176,27 +175,40 @@ def routed_bytes(
         raise ShapeError(f"routed_bytes: expert_indices leave the range 0 to {num_experts - 1} of layer {layer_index}.")
     copies, num_devices = placement.devices_of_expert[layer_index], placement.num_devices
     devices = route(copies, expert_indices.cpu().long().numpy(), num_devices)  # [T, K]
-    return _traffic(
+    return traffic_bytes(
         num_pairs=int((devices != HOME).sum()),
         num_visits=int(visits_of_devices(devices, num_devices)[1:].sum()),
-        dispatch_row_bytes=row_bytes(hidden_size, dispatch_row),
-        combine_row_bytes=row_bytes(hidden_size, combine.row_format),
+        hidden_size=hidden_size,
+        dispatch_row=dispatch_row,
+        combine=combine,
         has_dedup=has_dedup,
-        mode=combine.mode,
     )
 
 
-def _traffic(
+def traffic_bytes(
     num_pairs: float,
     num_visits: float,
-    dispatch_row_bytes: int,
-    combine_row_bytes: int,
-    has_dedup: bool,
-    mode: CombineMode,
+    hidden_size: int,
+    dispatch_row: RowFormat,
+    combine: Combine,
+    has_dedup: bool = True,
 ) -> TrafficBytes:
+    """Return the bytes of pairs and visits away from home: the formula at the top of this module.
+
+    Args:
+        num_pairs: (token, expert) pairs with the expert away from home.
+        num_visits: (token, device) visits away from home.
+        hidden_size: H, values in a row.
+        dispatch_row: format of rows on the way to experts.
+        combine: what comes home, and in which format.
+        has_dedup: send a row once to each device instead of once to each expert.
+    Raises:
+        ConfigError: an unknown format.
+    """
     num_rows = num_visits if has_dedup else num_pairs
+    num_answers = num_pairs if combine.mode == "rows" else num_rows
     return TrafficBytes(
-        dispatch_payload_bytes=num_rows * dispatch_row_bytes,
-        combine_payload_bytes=(num_pairs if mode == "rows" else num_rows) * combine_row_bytes,
-        metadata_bytes=num_rows * ROW_METADATA_BYTES + num_pairs * pair_metadata_bytes(mode),
+        dispatch_payload_bytes=num_rows * row_bytes(hidden_size, dispatch_row),
+        combine_payload_bytes=num_answers * row_bytes(hidden_size, combine.row_format),
+        metadata_bytes=num_rows * ROW_METADATA_BYTES + num_pairs * pair_metadata_bytes(combine.mode),
     )

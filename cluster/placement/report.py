@@ -6,12 +6,12 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cluster.placement.cost import copies_per_token
+from cluster.placement.cost import copies_per_token, traffic_bytes
 from cluster.placement.placement import Placement
 from cluster.placement.solver import DEFAULT_MAX_IMBALANCE
 from cluster.placement.traffic import measure_placement
 from cluster.routing.trace import RoutingTrace
-from cluster.transport.row_format import ROW_METADATA_BYTES, Combine, RowFormat, pair_metadata_bytes, row_bytes
+from cluster.transport.row_format import Combine, RowFormat
 from moe_bitnet.errors import PlacementError
 from moe_bitnet.units import format_bytes
 
@@ -35,13 +35,11 @@ class TransferSize:
         Raises:
             ConfigError: an unknown format.
         """
-        there = row_bytes(hidden_size, dispatch_row) + ROW_METADATA_BYTES
-        back = row_bytes(hidden_size, combine.row_format)
-        is_summed = combine.mode == "partial_sums"
-        return cls(
-            bytes_per_visit=there + (back if is_summed else 0),
-            bytes_per_pair=pair_metadata_bytes(combine.mode) + (0 if is_summed else back),
+        visit, pair = (
+            traffic_bytes(num_pairs, num_visits, hidden_size, dispatch_row, combine).total_bytes
+            for num_pairs, num_visits in ((0, 1), (1, 0))
         )
+        return cls(bytes_per_visit=int(visit), bytes_per_pair=int(pair))
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.trellis_rows import nearest_path_levels
-from kvcache.calibration import Moments, calibrated_frames, plain_frames
+from kvcache.calibration import calibrated_frames, plain_frames
 from kvcache.codec import decode_layer, write_exact_layer
 from kvcache.config import KVCacheConfig
 from kvcache.frame import LayerFrame, PlaneFrame, flat_orthonormal
 from kvcache.kernels import select
+from kvcache.moments import Moments
 from kvcache.page import FP16_BYTES, PAGE_SIZE, PageFormat, PlaneFormat
 from kvcache.scale import nearest_scale_code, scales
 from kvcache.trellis import LEVEL_UNIT, level_table

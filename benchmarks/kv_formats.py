@@ -32,10 +32,10 @@ from benchmarks.cache_formats import (
 from benchmarks.harness import Report, add_arguments
 from benchmarks.masked_attention import Errors, masked_attention
 from benchmarks.real_model import MODEL_NAME, calibration_ids, load_real_model, test_ids
-from kvcache.calibration import Moments
 from kvcache.config import KVCacheConfig
 from kvcache.hf.calibrate import calibrate
 from kvcache.hf.support import attention_shape
+from kvcache.moments import Moments
 from kvcache.quality import LogitComparison, LogitQuality
 from moe_bitnet.errors import ConfigError
 

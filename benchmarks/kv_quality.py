@@ -20,7 +20,6 @@ from torch import Tensor
 
 from benchmarks.harness import Report, add_arguments
 from benchmarks.real_model import MODEL_NAME, Tokenize, calibration_ids, load_real_model, test_ids
-from kvcache.calibration import Moments
 from kvcache.hf import calibrate
 from kvcache.hf.evaluation import (
     CacheFormat,
@@ -31,6 +30,7 @@ from kvcache.hf.evaluation import (
     text_with_needles,
     tokenize_needles,
 )
+from kvcache.moments import Moments
 from kvcache.quality import LogitComparison, make_needles
 
 NUM_TOKENS, NUM_CALIBRATION_TOKENS, NUM_NEEDLES = 6144, 8192, 16

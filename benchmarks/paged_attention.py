@@ -28,11 +28,12 @@ from benchmarks.paged_prefill import measure_prefill
 from benchmarks.rotation import default_total_bytes
 from benchmarks.timing import Comparison, compare
 from kvcache import KVCacheConfig
-from kvcache.calibration import Moments, calibrated_frames
+from kvcache.calibration import calibrated_frames
 from kvcache.codec import write_exact_layer
 from kvcache.frame import LayerFrame
 from kvcache.kernels import select
 from kvcache.kernels.batch import PagedBatch
+from kvcache.moments import Moments
 from kvcache.page import PAGE_SIZE, LayerFormat
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128

@@ -31,8 +31,6 @@ from kvcache.page import PlaneFormat, Segment
 from kvcache.trellis import KEPT_SHARE
 from moe_bitnet.errors import ConfigError
 
-__all__ = ["Moments", "calibrated_frames", "plain_frames"]
-
 # Added to second moments, relative to their mean diagonal: directions that calibration hardly saw count a little.
 REGULARIZATION = 1e-2
 # A segment of plain int8 has one scale with its trellis neighbours; at half their deviation it clips at 6.8 of its own.

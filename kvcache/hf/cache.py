@@ -12,11 +12,12 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from kvcache.cache import PagedKVCache
-from kvcache.calibration import Moments, calibrated_frames
+from kvcache.calibration import calibrated_frames
 from kvcache.config import KVCacheConfig
 from kvcache.hf.attention import PAGED_ATTENTION, PagedLength, check_plain_attention, mark, register
 from kvcache.hf.rows import SequenceRows
 from kvcache.hf.support import attention_shape
+from kvcache.moments import Moments
 from moe_bitnet.errors import ConfigError, ShapeError
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from kvcache.calibration import Moments
 from kvcache.hf.attention import mark, sdpa
 from kvcache.hf.cache import use_paged_attention
 from kvcache.hf.support import attention_shape
+from kvcache.moments import Moments
 from moe_bitnet.errors import ShapeError
 
 

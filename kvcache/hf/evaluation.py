@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcache.calibration import Moments
 from kvcache.config import SUPPORTED_BITS, KVCacheConfig
 from kvcache.hf.cache import HFPagedCache, paged_cache
 from kvcache.hf.calibrate import cache_argument
 from kvcache.hf.support import attention_shape
 from kvcache.memory import bytes_for_tokens
+from kvcache.moments import Moments
 from kvcache.page import PAGE_SIZE
 from kvcache.quality import (
     Answer,

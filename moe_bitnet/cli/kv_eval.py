@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kvcache.calibration import Moments
+from kvcache.moments import Moments
 from kvcache.quality import LogitComparison, make_needles
 from moe_bitnet.cli.console import progress_bar, say
 from moe_bitnet.errors import CheckpointError, ConfigError, DataError

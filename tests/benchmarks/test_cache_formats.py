@@ -13,8 +13,8 @@ from benchmarks.cache_formats import (
     trellis,
     unsegmented_format,
 )
-from kvcache.calibration import Moments
 from kvcache.config import KVCacheConfig
+from kvcache.moments import Moments
 from kvcache.trellis import KEPT_SHARE
 
 HEAD_DIM = 32

@@ -7,8 +7,9 @@ from moment_factories import NUM_TOKENS, moments_of, skewed_tokens
 from page_factories import exact_page
 
 from kvcache import KVCacheConfig
-from kvcache.calibration import Moments, calibrated_frames, plain_frames
+from kvcache.calibration import calibrated_frames, plain_frames
 from kvcache.codec import decode_keys, decode_layer, encode_layer
+from kvcache.moments import Moments
 from kvcache.page import PAGE_SIZE
 from kvcache.trellis import KEPT_SHARE
 from moe_bitnet.errors import ConfigError

@@ -3,7 +3,8 @@ import torch
 from cache_factories import without_attention
 
 from kvcache.cache import PagedKVCache
-from kvcache.calibration import Moments, calibrated_frames
+from kvcache.calibration import calibrated_frames
+from kvcache.moments import Moments
 from moe_bitnet.cli.planning.known_shapes import KNOWN_SHAPES
 from moe_bitnet.cli.planning.memory_plan import CACHE_FORMATS, cache_config, plan_memory
 from moe_bitnet.cli.planning.model_shape import ModelShape

@@ -14,9 +14,11 @@ from moe_bitnet.errors import ConfigError
 from moe_bitnet.files import read_json, write_json_atomically
 
 ComputeDtype = Literal["bfloat16", "float32"]
+ExchangeDtype = Literal["bfloat16", "float32"]
 
 # Found by a sweep at 1.1M active parameters; larger models want less (BitNet b1.58 uses 1.5e-3 at 700M).
 DEFAULT_PEAK_LEARNING_RATE: dict[Precision, float] = {"ternary": 8e-3, "float": 4e-3}
+_EXPERT_PARALLEL_STAGES = (1, 2)
 # What BitNet b1.58 warms up for; a short run takes a tenth of its steps instead.
 _MAX_WARMUP_STEPS = 375
 # Changing one of these on the way gives a run that is neither the old recipe nor the new one.
@@ -32,6 +34,8 @@ _RECIPE = (
     "gradient_clipping",
     "load_balance_weight",
     "router_z_weight",
+    "router_warmup_steps",
+    "has_frozen_backbone",
     "seed",
     "compute_dtype",
 )
@@ -55,15 +59,31 @@ class TrainConfig:
         gradient_clipping: largest norm of the whole gradient.
         load_balance_weight: of the routers' load-balance loss in the objective.
         router_z_weight: of the routers' z-loss in the objective.
+        router_warmup_steps: steps in which the routers' learning rate rises from 0 to that of the others, beside
+            the schedule: experts learn before the routing settles.
+        initial_model: a checkpoint whose weights the run starts from, instead of random ones; its config must be
+            the run's.
+        has_frozen_backbone: train the routed experts, their norms and the routers alone; all else stays as it is.
         seed: of the initial weights and of the order of the batches.
         compute_dtype: autocast dtype of matrix products; parameters and losses are float32 either way.
         eval_every_steps: steps between evaluations; the last step is always evaluated.
         num_eval_batches: batches of the validation set in an evaluation, from its start.
         checkpoint_every_s: seconds between checkpoints; the last step always leaves one.
-        num_kept_checkpoints: newest checkpoints that stay.
-        num_workers: training processes (data parallel).
+        num_kept_checkpoints: newest checkpoints that stay, beside the one with the lowest validation loss.
+        num_workers: training processes; each takes its share of every batch.
+        min_workers: go on with as few as these when workers or hosts are lost for good; ``None`` waits for all.
+        expert_parallel: workers that share one copy of the routed experts, each holding a part of them; divides
+            ``num_workers``. 1 keeps all experts on every worker.
+        zero_stage: what DeepSpeed divides among workers: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters
+            too. ``None`` takes 0, or 1 with expert parallelism, which allows 1 and 2 alone.
+        exchange_dtype: of experts' outputs and gradients that travel between expert-parallel workers; ternary
+            experts' inputs travel as int8 either way.
+        gradient_accumulation_steps: parts that a worker computes its share of a batch in, one after the other.
+        has_activation_checkpointing: compute each block again in the backward pass, rather than keep its activations.
         threads_per_worker: threads of a worker's kernels; ``None`` divides the CPUs evenly.
         is_compiled: compile blocks and cross entropy with ``torch.compile``, where a compiler is found.
+        max_loss_rise: nats above the median of the last losses at which a run stops as diverged; ``None`` never does.
+        max_restarts: how often workers are started again, from the last checkpoint, after one died.
 
     Raises:
         ConfigError: a value is not allowed; the message names it.
@@ -82,6 +102,9 @@ class TrainConfig:
     gradient_clipping: float = 1.0
     load_balance_weight: float = 0.02
     router_z_weight: float = 0.001
+    router_warmup_steps: int = 0
+    initial_model: Path | None = None
+    has_frozen_backbone: bool = False
     seed: int = 0
     compute_dtype: ComputeDtype = "bfloat16"
     eval_every_steps: int = 100
@@ -89,8 +112,16 @@ class TrainConfig:
     checkpoint_every_s: float = 120.0
     num_kept_checkpoints: int = 2
     num_workers: int = 1
+    min_workers: int | None = None
+    expert_parallel: int = 1
+    zero_stage: int | None = None
+    exchange_dtype: ExchangeDtype = "bfloat16"
+    gradient_accumulation_steps: int = 1
+    has_activation_checkpointing: bool = False
     threads_per_worker: int | None = None
     is_compiled: bool = True
+    max_loss_rise: float | None = 3.0
+    max_restarts: int = 3
 
     def __post_init__(self) -> None:
         for name in ("data_folder", "out_folder"):
@@ -98,13 +129,17 @@ class TrainConfig:
             if not isinstance(value, (str, Path)) or not str(value):
                 raise ConfigError(f"TrainConfig: {name} is {value!r}; give the path of a folder.")
             object.__setattr__(self, name, Path(value))
+        if self.initial_model is not None:
+            object.__setattr__(self, "initial_model", Path(self.initial_model))
         self._check_counts()
         self._check_numbers()
-        if self.compute_dtype not in get_args(ComputeDtype):
-            allowed = ", ".join(get_args(ComputeDtype))
-            raise ConfigError(f"TrainConfig: compute_dtype is {self.compute_dtype!r}; allowed are {allowed}.")
-        if not isinstance(self.is_compiled, bool):
-            raise ConfigError(f"TrainConfig: is_compiled is {self.is_compiled!r}; give true or false.")
+        for name, choices in (("compute_dtype", ComputeDtype), ("exchange_dtype", ExchangeDtype)):
+            if getattr(self, name) not in get_args(choices):
+                allowed = ", ".join(get_args(choices))
+                raise ConfigError(f"TrainConfig: {name} is {getattr(self, name)!r}; allowed are {allowed}.")
+        for name in ("is_compiled", "has_frozen_backbone", "has_activation_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"TrainConfig: {name} is {getattr(self, name)!r}; give true or false.")
         if self.warmup_steps is None:
             object.__setattr__(self, "warmup_steps", min(_MAX_WARMUP_STEPS, self.num_steps // 10))
         if self.num_warmup_steps >= self.num_steps:
@@ -112,10 +147,43 @@ class TrainConfig:
                 f"TrainConfig: warmup_steps {self.warmup_steps} leaves nothing of num_steps {self.num_steps}. "
                 f"Give at most {self.num_steps - 1}, or more steps."
             )
-        if self.batch_size % self.num_workers:
+        self._check_workers()
+
+    def _check_workers(self) -> None:
+        num_parts = self.num_workers * self.gradient_accumulation_steps
+        if self.batch_size % num_parts:
+            parts = f"num_workers {self.num_workers}"
+            if self.gradient_accumulation_steps > 1:
+                parts += f" in {self.gradient_accumulation_steps} gradient_accumulation_steps"
             raise ConfigError(
-                f"TrainConfig: batch_size {self.batch_size} cannot be divided among num_workers {self.num_workers}. "
-                f"Give a multiple of {self.num_workers}."
+                f"TrainConfig: batch_size {self.batch_size} cannot be divided among {parts}. "
+                f"Give a multiple of {num_parts}."
+            )
+        if self.num_workers % self.expert_parallel:
+            raise ConfigError(
+                f"TrainConfig: expert_parallel {self.expert_parallel} does not divide num_workers {self.num_workers}. "
+                f"Give a divisor of {self.num_workers}."
+            )
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ConfigError(
+                f"TrainConfig: min_workers {self.min_workers} exceeds num_workers {self.num_workers}. "
+                f"Give at most {self.num_workers}."
+            )
+        if self.zero_stage is None:
+            object.__setattr__(self, "zero_stage", 1 if self.expert_parallel > 1 else 0)
+        if self.zero_stage not in range(4):
+            raise ConfigError(f"TrainConfig: zero_stage is {self.zero_stage!r}; allowed are 0, 1, 2 and 3.")
+        if self.expert_parallel > 1 and self.zero_stage not in _EXPERT_PARALLEL_STAGES:
+            reason = (
+                "without ZeRO, DeepSpeed clips gradients by the norm of each worker's own experts, so that workers "
+                "would drift apart"
+                if self.zero_stage == 0
+                else "ZeRO 3 divides every parameter among all workers, the experts too, and leaves no whole expert "
+                "to send tokens to"
+            )
+            raise ConfigError(
+                f"TrainConfig: expert_parallel {self.expert_parallel} does not work with zero_stage {self.zero_stage}: "
+                f"{reason}. Give zero_stage 1 or 2, or expert_parallel 1."
             )
 
     def _check_counts(self) -> None:
@@ -127,13 +195,18 @@ class TrainConfig:
             "num_eval_batches",
             "num_kept_checkpoints",
             "num_workers",
+            "expert_parallel",
+            "gradient_accumulation_steps",
         ):
             _check_integer(name, getattr(self, name), smallest=1)
         _check_integer("seed", self.seed, smallest=0)
         if self.warmup_steps is not None:
             _check_integer("warmup_steps", self.warmup_steps, smallest=0)
-        if self.threads_per_worker is not None:
-            _check_integer("threads_per_worker", self.threads_per_worker, smallest=1)
+        for name in ("router_warmup_steps", "max_restarts"):
+            _check_integer(name, getattr(self, name), smallest=0)
+        for name in ("threads_per_worker", "min_workers"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), smallest=1)
 
     def _check_numbers(self) -> None:
         for name in ("gradient_clipping", "checkpoint_every_s"):
@@ -144,14 +217,21 @@ class TrainConfig:
             _check_number(name, getattr(self, name), is_zero_allowed=True)
             if getattr(self, name) >= 1:
                 raise ConfigError(f"TrainConfig: {name} is {getattr(self, name)!r}; give a number from 0 to below 1.")
-        if self.peak_learning_rate is not None:
-            _check_number("peak_learning_rate", self.peak_learning_rate, is_zero_allowed=False)
+        for name in ("peak_learning_rate", "max_loss_rise"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), is_zero_allowed=False)
 
     @property
     def num_warmup_steps(self) -> int:
         """``warmup_steps`` as a number: the default is filled in."""
         assert self.warmup_steps is not None
         return self.warmup_steps
+
+    @property
+    def stage(self) -> int:
+        """``zero_stage`` as a number: the default is filled in."""
+        assert self.zero_stage is not None
+        return self.zero_stage
 
     @property
     def tokens_per_step(self) -> int:

@@ -11,6 +11,7 @@ works around (DeepSpeed 0.19.8 on a machine without a GPU):
 - Without ``gradient_clipping`` it clips at 1.0; the value is always given.
 """
 
+import copy
 import logging
 import os
 from typing import Any
@@ -20,8 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cluster.training.config import ComputeDtype
+from cluster.training.config import ComputeDtype, TrainConfig
 from cluster.training.engine import predict
+from cluster.training.fragments import Fragment, FragmentReader, load_whole, whole_fragments
+from cluster.training.optimizer import build_optimizer
 from moe_bitnet.model import ModelOutput, MoETransformer
 
 
@@ -33,26 +36,20 @@ class DeepSpeedEngine:
 
     Args:
         model: on its device, with float32 parameters; compiled before, if at all.
-        optimizer: of the model's parameters, with loaded state if any; used as it is.
-        batch_size: sequences of this worker in a step.
-        gradient_clipping: largest norm of the whole gradient.
-        compute_dtype: autocast dtype; ``"float32"`` switches autocast off.
+        config: of the run.
         is_compiled: whether the blocks are compiled.
     """
 
     def __init__(
         self,
         model: MoETransformer,
-        optimizer: Optimizer,
-        batch_size: int,
-        gradient_clipping: float,
-        compute_dtype: ComputeDtype,
+        config: TrainConfig,
         is_compiled: bool = False,
     ) -> None:
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer: Optimizer = build_optimizer(model, config.adam_beta1, config.adam_beta2)
         self.device = model.embedding.weight.device
-        self._compute_dtype = compute_dtype
+        self._compute_dtype: ComputeDtype = config.compute_dtype
         self._is_compiled = is_compiled
         deepspeed = _import_deepspeed(self.device)
         _make_process_group(self.device)
@@ -60,14 +57,14 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self._engine, *_ = deepspeed.initialize(
             model=_TupleOutput(model),
-            optimizer=optimizer,
+            optimizer=self.optimizer,
             config={
-                "train_micro_batch_size_per_gpu": batch_size,
+                "train_micro_batch_size_per_gpu": config.batch_size // self.world_size,
                 "gradient_accumulation_steps": 1,
-                "gradient_clipping": gradient_clipping,
+                "gradient_clipping": config.gradient_clipping,
                 "zero_optimization": {"stage": 0},
                 "torch_autocast": {
-                    "enabled": compute_dtype == "bfloat16",
+                    "enabled": config.compute_dtype == "bfloat16",
                     "dtype": "bfloat16",
                     "lower_precision_safe_modules": [],
                 },
@@ -98,6 +95,20 @@ class DeepSpeedEngine:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def fragments(self) -> list[Fragment]:
+        """Fulfil :class:`~cluster.training.engine.Engine`."""
+        return whole_fragments(self.model, self.optimizer, self.rank, self.world_size)
+
+    def load(self, read: FragmentReader, optimizer_step: int) -> None:
+        """Fulfil :class:`~cluster.training.engine.Engine`."""
+        load_whole(self.model, self.optimizer, read, optimizer_step)
+
+    def full_model(self) -> MoETransformer | None:
+        """Fulfil :class:`~cluster.training.engine.Engine`."""
+        if self.rank:
+            return None
+        return self.model if self.device.type == "cpu" else copy.deepcopy(self.model).cpu()
 
 
 class _TupleOutput(nn.Module):

@@ -4,13 +4,16 @@ The loop calls ``forward``, ``backward`` and ``step``; it does not know whether
 DeepSpeed (:mod:`cluster.training.deepspeed_engine`) or torch alone answers.
 """
 
+import copy
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cluster.training.config import ComputeDtype
+from cluster.training.config import ComputeDtype, TrainConfig
+from cluster.training.fragments import Fragment, FragmentReader, load_whole, whole_fragments
+from cluster.training.optimizer import build_optimizer
 from moe_bitnet.model import ModelOutput, MoETransformer
 
 
@@ -62,15 +65,30 @@ class Engine(Protocol):
         """Add up a float64 tensor over all workers; every worker must call it."""
         ...
 
+    def fragments(self) -> list[Fragment]:
+        """Return what this worker keeps; disjoint, and together whole, over all workers."""
+        ...
+
+    def load(self, read: FragmentReader, optimizer_step: int) -> None:
+        """Restore parameters and optimizer state from fragments that any engine wrote, on any number of workers.
+
+        Args:
+            read: gives runs of global tensors.
+            optimizer_step: updates that were done.
+        """
+        ...
+
+    def full_model(self) -> MoETransformer | None:
+        """Return the whole model on the CPU on worker 0, ``None`` elsewhere; every worker must call it."""
+        ...
+
 
 class TorchEngine:
     """One process, torch alone: the reference that DeepSpeed is tested against.
 
     Args:
         model: on its device, with float32 parameters.
-        optimizer: of the model's parameters.
-        gradient_clipping: largest norm of the whole gradient.
-        compute_dtype: autocast dtype; ``"float32"`` switches autocast off.
+        config: of the run; the engine takes what concerns the optimizer, its dtype and its gradients.
         is_compiled: whether the blocks are compiled.
     """
 
@@ -80,16 +98,14 @@ class TorchEngine:
     def __init__(
         self,
         model: MoETransformer,
-        optimizer: Optimizer,
-        gradient_clipping: float,
-        compute_dtype: ComputeDtype,
+        config: TrainConfig,
         is_compiled: bool = False,
     ) -> None:
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer: Optimizer = build_optimizer(model, config.adam_beta1, config.adam_beta2)
         self.device = model.embedding.weight.device
-        self._gradient_clipping = gradient_clipping
-        self._compute_dtype = compute_dtype
+        self._gradient_clipping = config.gradient_clipping
+        self._compute_dtype: ComputeDtype = config.compute_dtype
         self._is_compiled = is_compiled
 
     def forward(self, token_ids: Tensor) -> ModelOutput:
@@ -115,6 +131,18 @@ class TorchEngine:
     def sum_over_workers(self, values: Tensor) -> Tensor:
         """Fulfil :class:`Engine`."""
         return values
+
+    def fragments(self) -> list[Fragment]:
+        """Fulfil :class:`Engine`."""
+        return whole_fragments(self.model, self.optimizer)
+
+    def load(self, read: FragmentReader, optimizer_step: int) -> None:
+        """Fulfil :class:`Engine`."""
+        load_whole(self.model, self.optimizer, read, optimizer_step)
+
+    def full_model(self) -> MoETransformer:
+        """Fulfil :class:`Engine`; the model itself where it is on the CPU."""
+        return self.model if self.device.type == "cpu" else copy.deepcopy(self.model).cpu()
 
 
 def autocast(device: torch.device, compute_dtype: ComputeDtype) -> torch.autocast:

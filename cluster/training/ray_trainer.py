@@ -138,14 +138,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             summary = run_training(
                 ModelConfig.from_dict(settings["model_config"]),
                 config,
-                lambda model, optimizer, is_compiled: DeepSpeedEngine(
-                    model,
-                    optimizer,
-                    config.batch_size // world_size,
-                    config.gradient_clipping,
-                    config.compute_dtype,
-                    is_compiled,
-                ),
+                lambda model, is_compiled: DeepSpeedEngine(model, config, is_compiled),
                 ray.train.torch.get_device(),
                 rank,
                 world_size,

@@ -24,7 +24,6 @@ from cluster.training.engine import Engine, TorchEngine
 from cluster.training.loop import LoopHooks, TrainingLoop
 from cluster.training.metrics import Line, MetricsLog
 from cluster.training.objective import Objective
-from cluster.training.optimizer import build_optimizer
 from cluster.training.shards import Tokens, load_tokens, read_summary
 from cluster.training.state import TrainingState
 from cluster.training.stopping import StopSignals, is_stop_requested
@@ -35,8 +34,8 @@ from moe_bitnet.model import MoETransformer
 
 logger = logging.getLogger(__name__)
 
-EngineBuilder = Callable[[MoETransformer, Optimizer, bool], Engine]
-"""Makes an engine of a model, its optimizer, and whether the model is compiled."""
+EngineBuilder = Callable[[MoETransformer, bool], Engine]
+"""Makes an engine, which has an optimizer of its own, of a model and whether it is compiled."""
 
 
 def run_training(
@@ -52,7 +51,7 @@ def run_training(
     Args:
         model_config: shape and precision.
         config: the settings.
-        build_engine: makes the engine once the model and the optimizer are loaded.
+        build_engine: makes the engine of a model.
         device: where this worker computes.
         rank: of this worker.
         world_size: workers that train together.
@@ -70,9 +69,9 @@ def run_training(
     model, restore_optimizer, state = _start_or_resume(model_config, config, fingerprint)
     model.to(device)
     is_compiled = config.is_compiled and compile_blocks(model, config.compute_dtype)
-    optimizer = build_optimizer(model, config.adam_beta1, config.adam_beta2)
+    engine = build_engine(model, is_compiled)
+    optimizer = engine.optimizer
     restore_optimizer(model, optimizer)
-    engine = build_engine(model, optimizer, is_compiled)
     batches = TokenBatches(train_tokens, config.batch_size // world_size, config.seq_len, config.seed, rank, world_size)
     peak_learning_rate = config.peak_for(model_config.precision)
     with ExitStack() as stack:
@@ -96,9 +95,7 @@ def run_training(
 
 def build_torch_engine(config: TrainConfig) -> EngineBuilder:
     """Return a builder of the plain engine, for one worker."""
-    return lambda model, optimizer, is_compiled: TorchEngine(
-        model, optimizer, config.gradient_clipping, config.compute_dtype, is_compiled
-    )
+    return lambda model, is_compiled: TorchEngine(model, config, is_compiled)
 
 
 def check_run(model_config: ModelConfig, config: TrainConfig) -> None:

@@ -8,12 +8,7 @@ import torch.multiprocessing as mp
 from cluster.training.deepspeed_engine import DeepSpeedEngine
 from cluster.training.engine import TorchEngine
 from cluster.training.objective import Objective
-from cluster.training.optimizer import (
-    build_optimizer,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_step_size,
-)
+from cluster.training.optimizer import set_step_size
 from moe_bitnet.model import MoETransformer
 
 BATCH_SIZE, SEQ_LEN = 4, 16
@@ -32,8 +27,7 @@ def _process_group():
 
 def fresh(model_config):
     torch.manual_seed(0)
-    model = MoETransformer(model_config)
-    return model, build_optimizer(model, 0.9, 0.95)
+    return MoETransformer(model_config)
 
 
 def train_steps(engine, steps, rank=0, world_size=1):
@@ -55,40 +49,37 @@ def largest_difference(model, parameters):
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
 @pytest.mark.usefixtures("_process_group")
-def test_deepspeed_equals_torch(model_config, compute_dtype):
+def test_deepspeed_equals_torch(model_config, config, compute_dtype):
     # the float twin: a ternary weight on a rounding threshold would turn a last bit into a whole step
     model_config = model_config.replace(precision="float")
-    model, optimizer = fresh(model_config)
-    expected = TorchEngine(model, optimizer, 1.0, compute_dtype)
+    config = config.replace(compute_dtype=compute_dtype)
+    expected = TorchEngine(fresh(model_config), config)
     train_steps(expected, range(5))
-    engine = DeepSpeedEngine(*fresh(model_config), BATCH_SIZE, 1.0, compute_dtype)
+    engine = DeepSpeedEngine(fresh(model_config), config)
     train_steps(engine, range(5))
     # 5 updates of about 1e-2; bfloat16 gradients near 0 may change the sign of one update
     tolerance = 1e-5 if compute_dtype == "float32" else 2e-3
-    assert largest_difference(engine.model, model.state_dict()) < tolerance
+    assert largest_difference(engine.model, expected.model.state_dict()) < tolerance
     assert next(iter(engine.model.parameters())).dtype == torch.float32
 
 
 @pytest.mark.usefixtures("_process_group")
-def test_deepspeed_resumes_to_the_bit(model_config):
-    whole = DeepSpeedEngine(*fresh(model_config), BATCH_SIZE, 1.0, "float32")
+def test_deepspeed_resumes_to_the_bit(model_config, config):
+    whole = DeepSpeedEngine(fresh(model_config), config)
     train_steps(whole, range(3))
-    parameters = {name: value.clone() for name, value in whole.model.state_dict().items()}
-    tensors = {name: value.clone() for name, value in optimizer_tensors(whole.model, whole.optimizer).items()}
+    saved = {fragment.name: fragment.values.clone() for fragment in whole.fragments()}
     train_steps(whole, range(3, 6))
-    model, optimizer = fresh(model_config)
-    model.load_state_dict(parameters)
-    load_optimizer_tensors(model, optimizer, tensors, "test")
-    resumed = DeepSpeedEngine(model, optimizer, BATCH_SIZE, 1.0, "float32")
+    resumed = DeepSpeedEngine(fresh(model_config), config)
+    resumed.load(lambda name, start, count: saved[name][start : start + count], 3)
     train_steps(resumed, range(3, 6))
     assert largest_difference(resumed.model, whole.model.state_dict()) == 0
 
 
-def two_workers(rank, model_config, folder):
+def two_workers(rank, model_config, config, folder):
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
-    engine = DeepSpeedEngine(*fresh(model_config), BATCH_SIZE // 2, 1.0, "float32")
+    engine = DeepSpeedEngine(fresh(model_config), config)
     train_steps(engine, range(5), rank, 2)
     assert engine.sum_over_workers(torch.tensor([rank + 1.0])).item() == 3
     torch.save(engine.model.state_dict(), f"{folder}/{rank}.pt")
@@ -96,11 +87,11 @@ def two_workers(rank, model_config, folder):
 
 
 @pytest.mark.slow
-def test_two_workers_equal_one(model_config, tmp_path):
+def test_two_workers_equal_one(model_config, config, tmp_path):
     model_config = model_config.replace(precision="float")
-    model, optimizer = fresh(model_config)
-    train_steps(TorchEngine(model, optimizer, 1.0, "float32"), range(5))
-    mp.spawn(two_workers, (model_config, str(tmp_path)), nprocs=2)
+    model = fresh(model_config)
+    train_steps(TorchEngine(model, config), range(5))
+    mp.spawn(two_workers, (model_config, config, str(tmp_path)), nprocs=2)
     for rank in range(2):
         parameters = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert largest_difference(model, parameters) < 1e-5

@@ -5,16 +5,14 @@ import torch
 from cluster.training.engine import TorchEngine
 from cluster.training.evaluation import Evaluation, evaluate
 from cluster.training.objective import Objective
-from cluster.training.optimizer import build_optimizer
 from cluster.training.run import evaluation_batches
 from moe_bitnet.model import MoETransformer
 
 
 @pytest.fixture
-def engine(model_config):
+def engine(model_config, config):
     torch.manual_seed(0)
-    model = MoETransformer(model_config)
-    return TorchEngine(model, build_optimizer(model, 0.9, 0.95), 1.0, "float32")
+    return TorchEngine(MoETransformer(model_config), config)
 
 
 @pytest.fixture

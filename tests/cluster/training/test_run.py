@@ -30,8 +30,8 @@ def lines_of(config):
 class DisturbedEngine(TorchEngine):
     """Calls ``disturb(engine, output, step)`` after each forward pass in training; steps count from 1."""
 
-    def __init__(self, disturb, config, model, optimizer, is_compiled):
-        super().__init__(model, optimizer, config.gradient_clipping, config.compute_dtype, is_compiled)
+    def __init__(self, disturb, config, model, is_compiled):
+        super().__init__(model, config, is_compiled)
         self.disturb = disturb
         self.num_forwards = 0
 

@@ -110,7 +110,7 @@ class ExpertHost:
             )
         if frame.scales is None:
             return self.store.prepare(frame.rows.float())
-        if not config.is_ternary:
+        if not config.is_packable:
             raise ClusterError(
                 f"host {name!r} holds float experts, which take no int8 rows. Dispatch in float16 or float32."
             )

@@ -139,7 +139,7 @@ def _check_model(model: MoETransformer, placement: Placement, config: ClusterCon
             f"the placement has {placement.num_layers} layers of {placement.num_experts} experts, the model "
             f"{model.config.num_layers} of {model.config.num_experts}. Solve the placement for this model."
         )
-    if config.dispatch == "int8" and not model.config.is_ternary:
+    if config.dispatch == "int8" and not model.config.is_packable:
         raise ConfigError(
             "dispatch is 'int8', but the experts of this model are float and take no int8 rows. "
             "Set dispatch to 'float32' (exact) or 'float16'."

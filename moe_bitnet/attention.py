@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_bitnet.bitlinear import BitLinear, FloatLinear
+from moe_bitnet.bitlinear import build_linear
 from moe_bitnet.config import ModelConfig
 from moe_bitnet.layers import RMSNorm, apply_rotary, rotary_tables
 
@@ -52,14 +52,14 @@ class Attention(nn.Module):
         self.rope_theta = config.rope_theta
         has_inner_norm = config.norm_recipe == "inner_norm"
         self.norm = nn.Identity() if has_inner_norm else RMSNorm(config.hidden_size, config.norm_eps)
-        linear = BitLinear if config.is_ternary else FloatLinear
         inner_eps = config.norm_eps if has_inner_norm else None
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = linear(config.hidden_size, query_size, inner_eps)
-        self.k_proj = linear(config.hidden_size, kv_size, inner_eps)
-        self.v_proj = linear(config.hidden_size, kv_size, inner_eps)
-        # both recipes normalize here: attn_sub_norm in one, the inner norm in the other
-        self.o_proj = linear(query_size, config.hidden_size, config.norm_eps)
+        self.q_proj = build_linear(config, config.hidden_size, query_size, inner_eps)
+        self.k_proj = build_linear(config, config.hidden_size, kv_size, inner_eps)
+        self.v_proj = build_linear(config, config.hidden_size, kv_size, inner_eps)
+        # both recipes normalize here: attn_sub_norm in one, the inner norm in the other; a dense model does not
+        output_eps = None if config.has_float_backbone else config.norm_eps
+        self.o_proj = build_linear(config, query_size, config.hidden_size, output_eps)
 
     def forward(self, hidden_states: Tensor, cache: AttentionCache | None = None) -> Tensor:
         """Attend within each sequence.

@@ -9,11 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_bitnet.config import ModelConfig, StraightThrough
 from moe_bitnet.kernels import select
 from moe_bitnet.layers import RMSNorm
 from moe_bitnet.packed_module import MatrixSizes, PackedModule
 from moe_bitnet.packing import Layout, pack
-from moe_bitnet.quantization import fake_quantize_activation, fake_quantize_weight, quantize_weight
+from moe_bitnet.quantization import (
+    WeightLevels,
+    fake_quantize_activation,
+    fake_quantize_weight,
+    quantize_weight,
+)
 
 
 class FloatLinear(nn.Module):
@@ -42,13 +48,32 @@ class BitLinear(FloatLinear):
     The latent ``weight`` stays in float; each forward pass quantizes it anew and
     gradients pass the rounding unchanged.
 
+    Args:
+        in_features: inputs.
+        out_features: outputs.
+        norm_eps: if given, the input passes an RMSNorm with this epsilon.
+        levels: ``"ternary"`` or ``"binary"`` weights.
+        straight_through: which gradient passes the rounding of activations.
+
     Source: arXiv:2402.17764, section 2.
     """
 
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        norm_eps: float | None = None,
+        levels: WeightLevels = "ternary",
+        straight_through: StraightThrough = "identity",
+    ) -> None:
+        super().__init__(in_features, out_features, norm_eps)
+        self.levels: WeightLevels = levels
+        self.straight_through: StraightThrough = straight_through
+
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` ``[..., in_features]``; returns float32 ``[..., out_features]``."""
-        x_q, activation_scale = fake_quantize_activation(self.norm(x))
-        weight_q, weight_scale = fake_quantize_weight(self.weight)
+        x_q, activation_scale = fake_quantize_activation(self.norm(x), self.straight_through)
+        weight_q, weight_scale = fake_quantize_weight(self.weight, self.levels)
         # Integers up to 127 are exact in bfloat16 too; only the sums are rounded there.
         return F.linear(x_q, weight_q).float() * (activation_scale * weight_scale.squeeze(0))
 
@@ -76,7 +101,7 @@ class PackedBitLinear(PackedModule):
         norm = linear.norm
         packed = cls(in_features, out_features, layout, norm.eps if isinstance(norm, RMSNorm) else None)
         packed.norm.load_state_dict(norm.state_dict())
-        weight_ternary, weight_scale = quantize_weight(linear.weight.detach())
+        weight_ternary, weight_scale = quantize_weight(linear.weight.detach(), linear.levels)
         packed.set_matrix("weight", pack(weight_ternary, layout), weight_scale)
         return packed
 
@@ -89,3 +114,17 @@ class PackedBitLinear(PackedModule):
             x_q, activation_scale = select("quantize_activation", device_type)(rows)
         output: Tensor = select("ternary_linear", device_type)(x_q, activation_scale, self.matrix("weight"))
         return output.view(*x.shape[:-1], output.shape[-1])
+
+
+def build_linear(
+    config: ModelConfig, in_features: int, out_features: int, norm_eps: float | None = None
+) -> FloatLinear:
+    """Make a projection of attention as ``config.precision`` asks for, with fresh weights."""
+    if config.has_float_attention:
+        return FloatLinear(in_features, out_features, norm_eps)
+    return BitLinear(in_features, out_features, norm_eps, weight_levels(config), config.straight_through)
+
+
+def weight_levels(config: ModelConfig) -> WeightLevels:
+    """Return the values that packable weights of ``config`` take."""
+    return "binary" if config.precision == "binary" else "ternary"

@@ -7,12 +7,13 @@ FP16/FP32 twin of a ternary model differs in ``precision`` alone.
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from moe_bitnet.errors import ConfigError
 from moe_bitnet.files import read_json
 
-Precision = Literal["ternary", "float"]
+Precision = Literal["ternary", "float", "int4-experts", "binary"]
+StraightThrough = Literal["identity", "clipped", "relu"]
 NormRecipe = Literal["sub_norm", "inner_norm"]
 Activation = Literal["swiglu", "squared_relu"]
 
@@ -20,8 +21,10 @@ MAX_LAYERS = 10_000
 MAX_WEIGHTS = 2**48
 """Beyond any model there is; a damaged config is refused before its sizes overflow."""
 
+_OPTIONAL_SIZES = ("num_shared_experts", "head_dim", "shared_intermediate_size")
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "precision": ("ternary", "float"),
+    "precision": get_args(Precision),
+    "straight_through": get_args(StraightThrough),
     "norm_recipe": ("sub_norm", "inner_norm"),
     "activation": ("swiglu", "squared_relu"),
 }
@@ -43,7 +46,14 @@ class ModelConfig:
         num_shared_experts: experts of width F that every token visits, beside the routed ones.
         head_dim: D, width of one head; 0 means ``hidden_size // num_heads``.
         max_seq_len: tokens of the longest sequence seen in training.
-        precision: ``"ternary"`` (BitNet b1.58) or ``"float"`` (the twin).
+        precision: of attention and experts: ``"ternary"`` (BitNet b1.58, weights in {-1, 0, 1}), ``"binary"``
+            (BitNet b1, weights in {-1, 1}), both with int8 activations; ``"int4-experts"`` (experts in groups of 4-bit
+            weights, all else float); ``"float"`` (the twin).
+        straight_through: which gradient passes the rounding of activations in training: ``"identity"`` all of it,
+            ``"clipped"`` none where a value is at the end of the int8 range, ``"relu"`` that of positive values alone.
+        has_float_backbone: attention and shared experts stay float and have no norms within, as in a dense
+            model that experts were added to (MoTE, arXiv:2506.14435); ``precision`` is that of the routed experts.
+        shared_intermediate_size: inner width of a shared expert; 0 means ``intermediate_size``.
         norm_recipe: ``"sub_norm"`` (BitNet b1.58 2B4T: two pre-norms in a block, and a norm
             before each output projection) or ``"inner_norm"`` (b1.58 FAQ: query, key and value
             have a norm each). The norm before the experts is one for the layer in both (docs/decisions/0001).
@@ -73,6 +83,9 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     has_tied_embeddings: bool = True
+    straight_through: StraightThrough = "identity"
+    has_float_backbone: bool = False
+    shared_intermediate_size: int = 0
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -93,9 +106,13 @@ class ModelConfig:
                 f"ModelConfig: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}. "
                 f"Use a divisor of {self.num_heads}."
             )
-        num_experts = self.num_experts + self.num_shared_experts
+        if self.shared_intermediate_size == 0:
+            object.__setattr__(self, "shared_intermediate_size", self.intermediate_size)
         attention_width = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
-        layer_weights = num_experts * self.expert_parameters + (attention_width + self.num_experts) * self.hidden_size
+        expert_weights = (
+            self.num_experts * self.expert_parameters + self.num_shared_experts * self.shared_expert_parameters
+        )
+        layer_weights = expert_weights + (attention_width + self.num_experts) * self.hidden_size
         num_weights = self.num_layers * layer_weights + 2 * self.vocab_size * self.hidden_size
         if self.num_layers > MAX_LAYERS or num_weights > MAX_WEIGHTS:
             raise ConfigError(
@@ -123,21 +140,32 @@ class ModelConfig:
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                     raise ConfigError(f"ModelConfig: {field.name} is {value!r}; give a positive number.")
             else:
-                smallest = 0 if field.name in ("num_shared_experts", "head_dim") else 1
+                smallest = 0 if field.name in _OPTIONAL_SIZES else 1
                 if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
                     raise ConfigError(
                         f"ModelConfig: {field.name} is {value!r}; give an integer of at least {smallest}."
                     )
 
     @property
-    def is_ternary(self) -> bool:
-        """Whether attention and expert projections are BitLinear."""
-        return self.precision == "ternary"
+    def is_packable(self) -> bool:
+        """Whether routed experts hold weights in {-1, 0, 1} and take int8 rows: ternary, and binary without the 0."""
+        return self.precision in ("ternary", "binary")
+
+    @property
+    def has_float_attention(self) -> bool:
+        """Whether attention projections are float."""
+        return self.has_float_backbone or not self.is_packable
 
     @property
     def expert_parameters(self) -> int:
-        """Weights of one expert: gate, up and down projections and the norm before down."""
+        """Weights of one routed expert: gate, up and down projections and the norm before down."""
         return 3 * self.hidden_size * self.intermediate_size + self.intermediate_size
+
+    @property
+    def shared_expert_parameters(self) -> int:
+        """Weights of one shared expert, counted alike; without the norm if the backbone is float."""
+        width = self.shared_intermediate_size
+        return 3 * self.hidden_size * width + (0 if self.has_float_backbone else width)
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """Return a copy with ``changes``, checked anew."""

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_bitnet import inference_math
+from moe_bitnet.bitlinear import weight_levels
 from moe_bitnet.config import Activation, ModelConfig
 from moe_bitnet.dispatch import combine, sort_by_expert
 from moe_bitnet.kernels import select
@@ -26,7 +27,12 @@ from moe_bitnet.kernels.expert_weights import ExpertWeights
 from moe_bitnet.layers import rms_norm
 from moe_bitnet.packed_module import MatrixSizes, PackedModule
 from moe_bitnet.packing import Layout, pack
-from moe_bitnet.quantization import fake_quantize_activation, fake_quantize_weight, quantize_weight
+from moe_bitnet.quantization import (
+    fake_quantize_activation,
+    fake_quantize_int4,
+    fake_quantize_weight,
+    quantize_weight,
+)
 from moe_bitnet.router import Routing
 
 PROJECTIONS = ("gate", "up", "down")
@@ -75,26 +81,33 @@ def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor
 
 
 class GroupedExperts(nn.Module):
-    """What the three kinds of experts share: the walk from tokens to rows and back.
+    """What all kinds of experts share: the walk from tokens to rows and back.
 
     Args:
         config: sizes and recipe.
         num_experts: experts held here; a host holds fewer than the layer has.
+        is_shared: these are the layer's shared experts, which have their own width.
     """
 
     training_row_alignment = 1
 
-    def __init__(self, config: ModelConfig, num_experts: int) -> None:
+    def __init__(self, config: ModelConfig, num_experts: int, is_shared: bool = False) -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.is_shared = is_shared
         self.activation: Activation = config.activation
         self.norm_eps = config.norm_eps
+        self.straight_through = config.straight_through
+        self.levels = weight_levels(config)
+        width = config.shared_intermediate_size if is_shared else config.intermediate_size
         self.sizes = {  # projection → (out_features, in_features)
-            "gate": (config.intermediate_size, config.hidden_size),
-            "up": (config.intermediate_size, config.hidden_size),
-            "down": (config.hidden_size, config.intermediate_size),
+            "gate": (width, config.hidden_size),
+            "up": (width, config.hidden_size),
+            "down": (config.hidden_size, width),
         }
-        self.norm_weight = nn.Parameter(torch.ones(num_experts, config.intermediate_size))
+        self.has_norm = not (is_shared and config.has_float_backbone)
+        if self.has_norm:
+            self.norm_weight = nn.Parameter(torch.ones(num_experts, width))
 
     def run(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """Fulfil :class:`ExpertExecutor` with the experts held here."""
@@ -123,8 +136,9 @@ class GroupedExperts(nn.Module):
         """
         gate = self.multiply("gate", rows, expert_offsets)
         up = self.multiply("up", rows, expert_offsets)
-        inner = rms_norm(gated_activation(gate, up, self.activation), self.norm_eps)
-        inner = inner * self.norm_weight[expert_of_rows(expert_offsets, inner.shape[0])]
+        inner = gated_activation(gate, up, self.activation)
+        if self.has_norm:
+            inner = rms_norm(inner, self.norm_eps) * self.norm_weight[expert_of_rows(expert_offsets, inner.shape[0])]
         return self.multiply("down", self.prepare(inner), expert_offsets)
 
 
@@ -135,8 +149,8 @@ class FloatExperts(GroupedExperts):
     # leave few enough of them to stay in its cache: 8× faster in training (docs/experiments.md).
     training_row_alignment = 32
 
-    def __init__(self, config: ModelConfig, num_experts: int) -> None:
-        super().__init__(config, num_experts)
+    def __init__(self, config: ModelConfig, num_experts: int, is_shared: bool = False) -> None:
+        super().__init__(config, num_experts, is_shared)
         for name, (out_features, in_features) in self.sizes.items():
             weight = torch.empty(num_experts, out_features, in_features)
             self.register_parameter(f"{name}_weight", nn.Parameter(nn.init.normal_(weight, std=in_features**-0.5)))
@@ -150,17 +164,26 @@ class FloatExperts(GroupedExperts):
         return grouped_matmul(rows.rows, self.get_parameter(f"{projection}_weight"), expert_offsets)
 
 
-class TernaryExperts(FloatExperts):
-    """Experts that compute with ternary weights and int8 activations, for training."""
+class Int4Experts(FloatExperts):
+    """Experts whose weights are rounded to 4 bits in groups, with float activations, for training."""
+
+    def multiply(self, projection: str, rows: ExpertInput, expert_offsets: Tensor) -> Tensor:
+        """Multiply by the rounded weights in the autocast dtype, float32 without autocast."""
+        weight = fake_quantize_int4(self.get_parameter(f"{projection}_weight"))
+        return grouped_matmul(rows.rows, weight, expert_offsets)
+
+
+class BitExperts(FloatExperts):
+    """Experts that compute with ternary or binary weights and int8 activations, for training."""
 
     def prepare(self, hidden_states: Tensor) -> ExpertInput:
         """Quantize each row to int8, held in float, with straight-through gradients."""
-        return ExpertInput(*fake_quantize_activation(hidden_states))
+        return ExpertInput(*fake_quantize_activation(hidden_states, self.straight_through))
 
     def multiply(self, projection: str, rows: ExpertInput, expert_offsets: Tensor) -> Tensor:
         """Multiply integers held in float, then rescale as the packed experts do."""
         assert rows.activation_scale is not None
-        weight_q, weight_scale = fake_quantize_weight(self.get_parameter(f"{projection}_weight"))
+        weight_q, weight_scale = fake_quantize_weight(self.get_parameter(f"{projection}_weight"), self.levels)
         sums = grouped_matmul(rows.rows, weight_q, expert_offsets)
         row_scale = weight_scale.view(-1, 1)[expert_of_rows(expert_offsets, sums.shape[0])]
         return sums * (rows.activation_scale * row_scale)
@@ -173,19 +196,21 @@ class PackedExperts(GroupedExperts, PackedModule):
         config: sizes and recipe.
         num_experts: experts held here.
         layout: how weights are packed.
+        is_shared: these are the layer's shared experts, which have their own width.
     """
 
-    def __init__(self, config: ModelConfig, num_experts: int, layout: Layout) -> None:
-        super().__init__(config, num_experts)
+    def __init__(self, config: ModelConfig, num_experts: int, layout: Layout, is_shared: bool = False) -> None:
+        super().__init__(config, num_experts, is_shared)
         self.hold_matrices({name: MatrixSizes(*size) for name, size in self.sizes.items()}, layout, (num_experts,))
 
     @classmethod
-    def from_experts(cls, experts: TernaryExperts, config: ModelConfig, layout: Layout) -> "PackedExperts":
+    def from_experts(cls, experts: BitExperts, config: ModelConfig, layout: Layout) -> "PackedExperts":
         """Quantize and pack trained experts."""
-        packed = cls(config, experts.num_experts, layout)
+        packed = cls(config, experts.num_experts, layout, is_shared=experts.is_shared)
         packed.norm_weight.data.copy_(experts.norm_weight.detach())
         for name in PROJECTIONS:
-            weight_ternary, weight_scale = quantize_weight(experts.get_parameter(f"{name}_weight").detach())
+            weight = experts.get_parameter(f"{name}_weight").detach()
+            weight_ternary, weight_scale = quantize_weight(weight, experts.levels)
             packed.set_matrix(name, pack(weight_ternary, layout), weight_scale)
         return packed
 
@@ -206,17 +231,23 @@ class PackedExperts(GroupedExperts, PackedModule):
         return output
 
 
-def build_experts(config: ModelConfig, num_experts: int, layout: Layout | None = None) -> GroupedExperts:
+def build_experts(
+    config: ModelConfig, num_experts: int, layout: Layout | None = None, is_shared: bool = False
+) -> GroupedExperts:
     """Make the experts that ``config`` asks for, with fresh weights.
 
     Args:
         config: sizes, recipe and precision.
         num_experts: how many of a layer's experts to hold.
         layout: if given, packed experts for inference (their bytes are to be loaded).
+        is_shared: make the layer's shared experts, which a float backbone keeps in float.
     """
+    if is_shared and config.has_float_backbone:
+        return FloatExperts(config, num_experts, is_shared)
     if layout is not None:
-        return PackedExperts(config, num_experts, layout)
-    return (TernaryExperts if config.is_ternary else FloatExperts)(config, num_experts)
+        return PackedExperts(config, num_experts, layout, is_shared)
+    kind = BitExperts if config.is_packable else Int4Experts if config.precision == "int4-experts" else FloatExperts
+    return kind(config, num_experts, is_shared)
 
 
 def expert_of_rows(expert_offsets: Tensor, num_rows: int) -> Tensor:

@@ -43,7 +43,7 @@ class MoELayer(nn.Module):
         self.experts: ExpertExecutor = build_experts(config, config.num_experts)
         self.num_shared_experts = config.num_shared_experts
         if config.num_shared_experts:
-            self.shared_experts: ExpertExecutor = build_experts(config, config.num_shared_experts)
+            self.shared_experts: ExpertExecutor = build_experts(config, config.num_shared_experts, is_shared=True)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, RoutingStatistics]:
         """Return the layer's output ``[T, H]`` float32 for ``hidden_states`` ``[T, H]``, and its statistics."""

@@ -17,7 +17,12 @@ ComputeDtype = Literal["bfloat16", "float32"]
 ExchangeDtype = Literal["bfloat16", "float32"]
 
 # Found by a sweep at 1.1M active parameters; larger models want less (BitNet b1.58 uses 1.5e-3 at 700M).
-DEFAULT_PEAK_LEARNING_RATE: dict[Precision, float] = {"ternary": 8e-3, "float": 4e-3}
+DEFAULT_PEAK_LEARNING_RATE: dict[Precision, float] = {
+    "ternary": 8e-3,
+    "float": 4e-3,
+    "int4-experts": 4e-3,
+    "binary": 8e-3,
+}
 _EXPERT_PARALLEL_STAGES = (1, 2)
 # What BitNet b1.58 warms up for; a short run takes a tenth of its steps instead.
 _MAX_WARMUP_STEPS = 375

@@ -23,7 +23,7 @@ class TrainingSummary:
     """The headline numbers of a run; the fields of ``summary.json``.
 
     Attributes:
-        precision: ``"ternary"`` or ``"float"``.
+        precision: of the model's config.
         num_parameters: all of them; an embedding that is tied to the head counts once.
         num_active_parameters: those that one token uses: all, less the routed experts it does not visit. The
             whole embedding is included, once.
@@ -89,7 +89,8 @@ def summarize(
 
 def expert_parameters(config: ModelConfig) -> int:
     """Return the parameters of all experts of all layers, routed and shared."""
-    return config.num_layers * (config.num_experts + config.num_shared_experts) * config.expert_parameters
+    routed = config.num_experts * config.expert_parameters
+    return config.num_layers * (routed + config.num_shared_experts * config.shared_expert_parameters)
 
 
 def inactive_parameters(config: ModelConfig) -> int:

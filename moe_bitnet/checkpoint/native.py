@@ -132,7 +132,7 @@ def read_info(folder: Path) -> CheckpointInfo:
         layout = None if header.get("layout") is None else check_layout(str(header["layout"]))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if layout is not None and not config.is_ternary:
+    if layout is not None and not config.is_packable:
         raise CheckpointError(
             f"{path}: layout {layout!r} contradicts precision {config.precision!r}. The file is damaged."
         )
@@ -188,7 +188,9 @@ def _check_bytes(tensors: dict[str, Tensor], info: CheckpointInfo, folder: Path)
     config = info.config
     for name, tensor in tensors.items():
         if name.endswith("down_packed"):
-            check_packed(tensor, config.intermediate_size, info.layout, f"{folder}: {name}")
+            is_shared = ".shared_experts." in name
+            width = config.shared_intermediate_size if is_shared else config.intermediate_size
+            check_packed(tensor, width, info.layout, f"{folder}: {name}")
         elif name.endswith("o_proj.weight_packed"):
             check_packed(tensor, config.num_heads * config.head_dim, info.layout, f"{folder}: {name}")
         elif name.endswith("_packed"):

@@ -14,11 +14,11 @@ from torch import nn
 from moe_bitnet.attention import Attention
 from moe_bitnet.bitlinear import BitLinear, PackedBitLinear
 from moe_bitnet.errors import CheckpointError
-from moe_bitnet.experts import GroupedExperts, PackedExperts, TernaryExperts
+from moe_bitnet.experts import BitExperts, GroupedExperts, PackedExperts
 from moe_bitnet.layers import RMSNorm
 from moe_bitnet.model import MoETransformer
 from moe_bitnet.moe import MoELayer
-from moe_bitnet.packed_module import arrange_weights
+from moe_bitnet.packed_module import PackedModule, arrange_weights
 from moe_bitnet.packing import Layout, check_layout
 
 _ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -26,7 +26,9 @@ _EXPERT_GROUPS = ("experts", "shared_experts")
 
 
 def pack_model(model: MoETransformer, layout: Layout = "2bit") -> MoETransformer:
-    """Quantize and pack every BitLinear and expert of a trained ternary model.
+    """Quantize and pack every BitLinear and expert of a trained ternary (or binary) model.
+
+    A float backbone stays float.
 
     Args:
         model: with latent weights; stays as it is.
@@ -39,10 +41,10 @@ def pack_model(model: MoETransformer, layout: Layout = "2bit") -> MoETransformer
     """
     check_layout(layout)
     require_local_experts(model)
-    if not model.config.is_ternary:
+    if not model.config.is_packable:
         raise CheckpointError(
-            f"pack: the model's precision is {model.config.precision!r}; only 'ternary' models can be packed. "
-            f"Train one with --precision ternary."
+            f"pack: the model's precision is {model.config.precision!r}; only 'ternary' and 'binary' models can be "
+            f"packed. Train one with --precision ternary."
         )
     if model_layout(model) is not None:
         raise CheckpointError(
@@ -66,13 +68,17 @@ def packed_skeleton(model: MoETransformer, layout: Layout) -> None:
         return PackedBitLinear(in_features, out_features, layout, eps)
 
     with torch.device("meta"):
-        _replace_layers(model, linear, lambda experts: PackedExperts(model.config, experts.num_experts, layout))
+        _replace_layers(
+            model,
+            linear,
+            lambda experts: PackedExperts(model.config, experts.num_experts, layout, experts.is_shared),
+        )
 
 
 def model_layout(model: MoETransformer) -> Layout | None:
     """Return how a model's ternary weights are packed, or ``None`` if they are latent or float."""
     for module in model.modules():
-        if isinstance(module, PackedBitLinear):
+        if isinstance(module, PackedModule):
             return module.layout
     return None
 
@@ -94,14 +100,17 @@ def require_local_experts(model: MoETransformer) -> None:
 def _replace_layers(
     model: MoETransformer,
     linear: Callable[[BitLinear], nn.Module],
-    experts: Callable[[TernaryExperts], nn.Module],
+    experts: Callable[[BitExperts], nn.Module],
 ) -> MoETransformer:
     for module in model.modules():
         if isinstance(module, Attention):
             for name in _ATTENTION_PROJECTIONS:
-                setattr(module, name, linear(getattr(module, name)))
+                projection = getattr(module, name)
+                if isinstance(projection, BitLinear):  # those of a float backbone stay
+                    setattr(module, name, linear(projection))
         elif isinstance(module, MoELayer):
             for name in _EXPERT_GROUPS:
-                if hasattr(module, name):
-                    setattr(module, name, experts(getattr(module, name)))
+                group = getattr(module, name, None)
+                if isinstance(group, BitExperts):
+                    setattr(module, name, experts(group))
     return model

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from cluster.config import ClusterConfig
 from cluster.topology import logical_devices
@@ -36,6 +36,8 @@ from moe_bitnet.config import Precision
 from moe_bitnet.errors import DataError
 from moe_bitnet.files import write_json_atomically
 from moe_bitnet.units import parse_memory
+
+DEMO_PRECISIONS: tuple[Precision, ...] = ("ternary", "float")
 
 HELP = "the whole job at a small size: data, train, pack, place, generate, context, report"
 
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from cluster.runtime import connect  # imports Ray: only now, so that bad input is found before it starts
 
     with connect(cluster_config):
-        for precision in get_args(Precision):
+        for precision in DEMO_PRECISIONS:
             with clock.step(f"train {precision}"):
                 train.train_run(
                     preset.model_config(tokenizer.vocab_size, precision),

@@ -41,7 +41,7 @@ def pack_run(run_folder: RunFolder, source: Path | None, layouts: tuple[Layout, 
     source = source or run_folder.require_checkpoint(run_folder.model("ternary"), "train")
     model = load_model(source)
     config = model.config
-    twin_bytes = _store_twin(run_folder, config) if config.is_ternary else None
+    twin_bytes = _store_twin(run_folder, config) if config.is_packable else None
     token_ids = _some_tokens(run_folder, config.vocab_size)
     with torch.inference_mode():
         expected = model(token_ids).logits

@@ -33,6 +33,11 @@ class Preset:
         return ModelConfig(vocab_size=vocab_size, precision=precision, max_seq_len=self.seq_len, **self.shape)
 
 
+def _rates(bits: float, floats: float) -> dict[Precision, float]:
+    """Return peak learning rates: those swept for ternary and float serve binary and int4 experts, too."""
+    return {"ternary": bits, "binary": bits, "float": floats, "int4-experts": floats}
+
+
 def _shape(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, head_dim: int) -> dict[str, Any]:
     return {
         "hidden_size": hidden_size,
@@ -55,7 +60,7 @@ PRESETS = {
         batch_size=2,
         seq_len=64,
         warmup_steps=4,
-        peak_learning_rates={"ternary": 8e-3, "float": 4e-3},
+        peak_learning_rates=_rates(8e-3, 4e-3),
     ),
     # for the demo: some minutes on two cores; 8 million parameters, 3 million active.
     # The rates are the best of a sweep at this very length (docs/experiments.md).
@@ -66,7 +71,7 @@ PRESETS = {
         batch_size=8,
         seq_len=256,
         warmup_steps=30,
-        peak_learning_rates={"ternary": 4e-3, "float": 2e-3},
+        peak_learning_rates=_rates(4e-3, 2e-3),
     ),
     # an hour or more on two cores; 22 million parameters, 8 million active; rates not swept
     "small": Preset(
@@ -76,6 +81,6 @@ PRESETS = {
         batch_size=8,
         seq_len=512,
         warmup_steps=200,
-        peak_learning_rates={"ternary": 4e-3, "float": 2e-3},
+        peak_learning_rates=_rates(4e-3, 2e-3),
     ),
 }

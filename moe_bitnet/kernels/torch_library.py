@@ -182,7 +182,7 @@ def _refuse_gradients(name: str, function: Operation) -> Operation:
         if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
             raise RuntimeError(
                 f"{name}: an argument requires a gradient, and this operation of inference has none. Call it under "
-                f"torch.no_grad() or pass tensors that are detached; train with BitLinear and TernaryExperts."
+                f"torch.no_grad() or pass tensors that are detached; train with BitLinear and BitExperts."
             )
         return function(*arguments)
 

@@ -5,9 +5,9 @@ from numerics import assert_matches_definition, rms, straight_through_linear, wi
 
 from moe_bitnet.dispatch import sort_by_expert
 from moe_bitnet.experts import (
+    BitExperts,
     FloatExperts,
     PackedExperts,
-    TernaryExperts,
     build_experts,
     gated_activation,
     grouped_matmul,
@@ -107,7 +107,7 @@ def test_packed_experts_equal_the_latent_ones_bit_for_bit(name, layout, activati
     routing = ROUTINGS[name]
     num_experts = routing.router_logits.shape[-1]
     config = tiny_config(activation=activation, norm_eps=EPS)
-    experts = randomize(TernaryExperts(config, num_experts))
+    experts = randomize(BitExperts(config, num_experts))
     packed = PackedExperts.from_experts(experts, config, layout)
     if is_arranged:
         packed.arrange_weights()
@@ -122,7 +122,7 @@ def test_packed_experts_are_as_near_to_the_truth_as_the_plain_loop(name, layout,
     routing = ROUTINGS[name]
     num_experts = routing.router_logits.shape[-1]
     config = tiny_config(activation=activation, norm_eps=EPS)
-    experts = randomize(TernaryExperts(config, num_experts))
+    experts = randomize(BitExperts(config, num_experts))
     packed = PackedExperts.from_experts(experts, config, layout)
     x = torch.randn(len(routing.expert_indices), 12)
 
@@ -136,7 +136,7 @@ def test_rows_that_travelled_as_int8_give_the_same_bits(layout):
     # what a remote host does: prepared rows arrive, and only the host's own experts compute
     routing = routing_that_avoids(2, 5)
     config = tiny_config()
-    packed = PackedExperts.from_experts(randomize(TernaryExperts(config, 5)), config, layout)
+    packed = PackedExperts.from_experts(randomize(BitExperts(config, 5)), config, layout)
     x = torch.randn(9, 12)
     dispatch = sort_by_expert(routing.expert_indices, 5)
     rows = packed.prepare(x).take(dispatch.sorted_token_indices)
@@ -153,7 +153,7 @@ def test_gated_activations_equal_their_formulas():
 
 
 def test_the_config_decides_the_kind_of_experts():
-    assert type(build_experts(tiny_config(), 3)) is TernaryExperts
+    assert type(build_experts(tiny_config(), 3)) is BitExperts
     assert type(build_experts(tiny_config(precision="float"), 3)) is FloatExperts
     packed = build_experts(tiny_config(), 3, "base3")
     assert type(packed) is PackedExperts

@@ -1,12 +1,15 @@
+from typing import get_args
+
 import pytest
 import torch
 from factories import ListCache, random_token_ids, randomize, tiny_config, tiny_model
 from numerics import one_ulp_noise
 from torch import nn
 
-from moe_bitnet.bitlinear import BitLinear
+from moe_bitnet.bitlinear import BitLinear, FloatLinear
+from moe_bitnet.config import Precision
 from moe_bitnet.errors import ShapeError
-from moe_bitnet.experts import FloatExperts, TernaryExperts
+from moe_bitnet.experts import BitExperts, FloatExperts, Int4Experts
 from moe_bitnet.model import Block, MoETransformer
 
 
@@ -70,12 +73,25 @@ def test_losses_are_means_over_layers():
 
 
 def test_precision_decides_every_projection():
-    for precision, is_ternary in (("ternary", True), ("float", False)):
+    kinds = {"ternary": BitExperts, "binary": BitExperts, "float": FloatExperts, "int4-experts": Int4Experts}
+    assert set(kinds) == set(get_args(Precision))
+    for precision, kind in kinds.items():
         model = tiny_model(precision=precision)
         for block in model.blocks:
             for name in "qkvo":
-                assert isinstance(getattr(block.attention, f"{name}_proj"), BitLinear) == is_ternary
-            assert type(block.moe.experts) is (TernaryExperts if is_ternary else FloatExperts)
+                assert isinstance(getattr(block.attention, f"{name}_proj"), BitLinear) == (kind is BitExperts)
+            assert type(block.moe.experts) is kind
+
+
+def test_a_float_backbone_has_no_norms_within():
+    model = tiny_model(has_float_backbone=True, num_shared_experts=1, shared_intermediate_size=9)
+    for block in model.blocks:
+        assert type(block.attention.o_proj) is FloatLinear
+        assert isinstance(block.attention.o_proj.norm, torch.nn.Identity)
+        assert type(block.moe.shared_experts) is FloatExperts
+        assert block.moe.shared_experts.gate_weight.shape == (1, 9, 12)
+        assert not hasattr(block.moe.shared_experts, "norm_weight")
+        assert type(block.moe.experts) is BitExperts
 
 
 def test_a_twin_has_the_same_names_and_shapes():
@@ -218,7 +234,7 @@ def test_replacing_experts_by_themselves_changes_nothing():
 def test_replaced_experts_are_released():
     model = tiny_model()
     model.replace_experts([Recorder(0.0), Recorder(0.0)])
-    assert not any(isinstance(module, TernaryExperts) for module in model.modules())
+    assert not any(isinstance(module, BitExperts) for module in model.modules())
     assert not any("experts" in name for name, _ in model.named_parameters())
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from moe_bitnet.bitlinear import BitLinear, PackedBitLinear
 from moe_bitnet.errors import CheckpointError
-from moe_bitnet.experts import PROJECTIONS, PackedExperts, TernaryExperts
+from moe_bitnet.experts import PROJECTIONS, BitExperts, PackedExperts
 from moe_bitnet.packed_module import PackedModule, arrange_weights
 from moe_bitnet.packing import LAYOUTS, PackedTernary
 from moe_bitnet.router import Routing
@@ -27,7 +27,7 @@ def packed_linear(layout, seed=0):
 
 def packed_experts(layout, seed=0):
     config = tiny_config()
-    return PackedExperts.from_experts(randomize(TernaryExperts(config, 5), seed), config, layout)
+    return PackedExperts.from_experts(randomize(BitExperts(config, 5), seed), config, layout)
 
 
 @pytest.fixture(params=[packed_linear, packed_experts], ids=["linear", "experts"])

@@ -3,8 +3,10 @@ import pytest
 import torch
 
 from moe_bitnet.quantization import (
+    INT4_GROUP_SIZE,
     MIN_SCALE,
     fake_quantize_activation,
+    fake_quantize_int4,
     fake_quantize_weight,
     quantize_activation,
     quantize_weight,
@@ -131,3 +133,55 @@ def test_scale_passes_no_gradient():
     assert not fake_quantize_weight(weight)[1].requires_grad
     assert not fake_quantize_activation(weight)[1].requires_grad
     assert weight_absmean(weight).requires_grad, "the plain scale is differentiable; the fake quantizers detach it"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_binary_weights_follow_the_sign_formula(shape):
+    weight = torch.randn(shape)
+    binary, scale = quantize_weight(weight, "binary")
+    truth = weight.double().numpy()
+    expected = np.where(truth - truth.mean(axis=(-2, -1), keepdims=True) > 0, 1, -1)
+    np.testing.assert_array_equal(binary.numpy(), expected)
+    assert torch.equal(scale, weight_absmean(weight))
+    fake, fake_scale = fake_quantize_weight(weight, "binary")
+    assert torch.equal(fake, binary.float())
+    assert torch.equal(fake_scale, scale)
+
+
+def test_binary_gaussian_weights_have_the_known_error():
+    weight = torch.randn(1000, 1000)
+    binary, scale = quantize_weight(weight, "binary")
+    error = (weight - binary * scale).square().sum() / weight.square().sum()
+    assert float(error) == pytest.approx(0.363, abs=0.002)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (3, 5, 64), (2, 100)])
+def test_int4_weights_follow_the_group_formula(shape):
+    weight = torch.randn(shape)
+    rounded = fake_quantize_int4(weight).numpy()
+    for start in range(0, shape[-1], INT4_GROUP_SIZE):
+        group = weight.numpy()[..., start : start + INT4_GROUP_SIZE]
+        largest = np.abs(group).max(axis=-1, keepdims=True)
+        scale = (largest / np.float32(7)).astype(np.float16).astype(np.float32)
+        expected = np.clip(np.rint(group / scale), -7, 7) * scale
+        np.testing.assert_array_equal(rounded[..., start : start + INT4_GROUP_SIZE], expected)
+
+
+@pytest.mark.parametrize("fake", [fake_quantize_int4, lambda w: fake_quantize_weight(w, "binary")[0]])
+def test_gradients_of_rounded_weights_pass_unchanged(fake):
+    weight, gradient = torch.randn(3, 40, requires_grad=True), torch.randn(3, 40)
+    scale = weight_absmean(weight.detach()) if fake is not fake_quantize_int4 else torch.ones(1)
+    fake(weight).backward(gradient)
+    torch.testing.assert_close(weight.grad, gradient / scale)
+
+
+@pytest.mark.parametrize(
+    ("straight_through", "passes"),
+    [("identity", [1, 1, 1, 1]), ("clipped", [1, 0, 1, 1]), ("relu", [0, 0, 1, 1])],
+)
+def test_straight_through_variants_gate_the_gradient_alone(straight_through, passes):
+    x = torch.tensor([[-0.5, -4.0, 0.25, 2.0]], requires_grad=True)
+    x_q, scale = fake_quantize_activation(x, straight_through)
+    assert torch.equal(x_q, quantize_activation(x.detach())[0].float())
+    x_q.sum().backward()
+    torch.testing.assert_close(x.grad, torch.tensor([passes]) / scale)

@@ -5,7 +5,7 @@ from factories import random_token_ids, tiny_config, tiny_model
 from moe_bitnet.bitlinear import BitLinear, PackedBitLinear
 from moe_bitnet.checkpoint.pack import model_layout, pack_model, packed_skeleton
 from moe_bitnet.errors import CheckpointError, ConfigError
-from moe_bitnet.experts import PackedExperts, TernaryExperts
+from moe_bitnet.experts import BitExperts, PackedExperts
 from moe_bitnet.model import MoETransformer
 from moe_bitnet.packing import LAYOUTS
 
@@ -15,6 +15,8 @@ SHAPES = [
     {"activation": "squared_relu"},
     {"activation": "squared_relu", "norm_recipe": "inner_norm", "num_shared_experts": 3},
     {"activation": "squared_relu", "num_experts": 1, "top_k": 1, "has_tied_embeddings": False},
+    {"precision": "binary", "num_shared_experts": 1, "shared_intermediate_size": 12},
+    {"has_float_backbone": True, "num_shared_experts": 1, "shared_intermediate_size": 12},
 ]
 
 
@@ -47,7 +49,7 @@ def test_training_logits_equal_packed_logits_to_rounding(changes, layout):
 def test_every_ternary_layer_is_packed_and_nothing_else_changes(layout):
     model = tiny_model(num_shared_experts=1, norm_recipe="inner_norm")
     packed = pack_model(model, layout)
-    assert not any(isinstance(module, (BitLinear, TernaryExperts)) for module in packed.modules())
+    assert not any(isinstance(module, (BitLinear, BitExperts)) for module in packed.modules())
     assert sum(isinstance(module, PackedBitLinear) for module in packed.modules()) == 2 * 4
     assert sum(isinstance(module, PackedExperts) for module in packed.modules()) == 2 * 2
     state, packed_state = model.state_dict(), packed.state_dict()

@@ -14,7 +14,7 @@ import moe_bitnet.kernels
 from moe_bitnet.bitlinear import BitLinear, PackedBitLinear
 from moe_bitnet.checkpoint.pack import pack_model
 from moe_bitnet.errors import BackendError
-from moe_bitnet.experts import PackedExperts, TernaryExperts
+from moe_bitnet.experts import BitExperts, PackedExperts
 from moe_bitnet.kernels import registry, select, torch_library
 from moe_bitnet.packing import LAYOUTS
 from moe_bitnet.router import Routing
@@ -116,7 +116,7 @@ def packed_linear(layout="2bit", norm_eps=1e-5):
 
 def packed_experts(layout="2bit", **changes):
     config = tiny_config(**changes)
-    experts = PackedExperts.from_experts(randomize(TernaryExperts(config, 5)), config, layout)
+    experts = PackedExperts.from_experts(randomize(BitExperts(config, 5)), config, layout)
     experts.arrange_weights()
     return experts
 

@@ -9,7 +9,7 @@ none waits for one that left.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cluster.training.batches import Batch
 from cluster.training.config import TrainConfig
+from cluster.training.divergence import LossWatch, check_finite, check_finite_parameters
 from cluster.training.engine import Engine
 from cluster.training.evaluation import Evaluation, evaluate
 from cluster.training.metrics import Line, evaluation_line, training_line
@@ -39,6 +40,9 @@ class LoopHooks:
         append_line: takes a line of metrics; called on worker 0 alone.
         save: writes a checkpoint; called on worker 0 alone.
         should_stop: asked after each step.
+        discard: deletes the checkpoint after that many steps, if there is one, which the next loss proved bad;
+            called on worker 0 alone.
+        recent_losses: of the steps before the first, oldest first; what a resumed run judges spikes by.
     """
 
     train_batch: Callable[[int], Batch]
@@ -46,6 +50,8 @@ class LoopHooks:
     append_line: Callable[[Line], None]
     save: Callable[[TrainingState], object]
     should_stop: Callable[[], bool]
+    discard: Callable[[int], object] = lambda step: None
+    recent_losses: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -89,12 +95,13 @@ class TrainingLoop:
         self.config = config
         self.peak_learning_rate = peak_learning_rate
         self.hooks = hooks
+        self._watch = LossWatch(config.max_loss_rise, hooks.recent_losses)
 
     def run(self, state: TrainingState) -> LoopResult:
         """Train from ``state`` on.
 
         Raises:
-            TrainingError: the loss or a parameter is not finite; no checkpoint is written after that.
+            TrainingError: the loss jumped, or it or a parameter is not finite; no checkpoint is written after that.
         """
         evaluation: Evaluation | None = None
         first_step, is_main = state.step, self.engine.rank == 0
@@ -110,7 +117,8 @@ class TrainingLoop:
             state, lap = replace(state, train_s=state.train_s + now - lap), now
             if is_main:
                 self._append_lines(state, result, step_s, evaluation)
-                if is_last or is_stopping or now - saved_at >= self.config.checkpoint_every_s:
+                is_save_due = now - saved_at >= self.config.checkpoint_every_s and self._watch.is_calm
+                if is_last or is_stopping or is_save_due:
                     self._save(state)
                     saved_at = time.monotonic()
             if is_stopping:
@@ -126,18 +134,14 @@ class TrainingLoop:
         Args:
             step: counted from 0.
         Raises:
-            TrainingError: the loss is not finite; the parameters stay as they were.
+            TrainingError: the loss jumped or is not finite; the parameters stay as they were.
         """
         config, engine = self.config, self.engine
         inputs, targets = (torch.from_numpy(array).to(engine.device) for array in self.hooks.train_batch(step))
         output = engine.forward(inputs)
         terms = self.objective(output, targets)
         result = self._gather(terms, output.tokens_per_expert)
-        if not all(math.isfinite(loss) for loss in result.losses):
-            raise TrainingError(
-                f"step {step + 1}: the loss is not finite (loss {result.losses[0]}, load balance {result.losses[1]}, "
-                f"z {result.losses[2]}). The last checkpoint is kept; try a lower peak_learning_rate."
-            )
+        self._check_losses(step, result.losses)
         engine.backward(terms.total)
         set_step_size(
             engine.optimizer,
@@ -146,6 +150,15 @@ class TrainingLoop:
         )
         engine.step()
         return result
+
+    def _check_losses(self, step: int, losses: tuple[float, float, float]) -> None:
+        try:
+            check_finite(step + 1, losses, self.engine.model)
+            self._watch.check(step + 1, losses[0])
+        except TrainingError:
+            if self.engine.rank == 0:
+                self.hooks.discard(step)
+            raise
 
     def _timed_step(self, step: int) -> tuple[_StepResult, float]:
         start = time.monotonic()
@@ -211,10 +224,5 @@ class TrainingLoop:
 
     def _save(self, state: TrainingState) -> None:
         """Write a checkpoint, unless a finite loss had gradients that were not."""
-        for name, parameter in self.engine.model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise TrainingError(
-                    f"step {state.step}: parameter {name} is not finite. The last checkpoint is kept; "
-                    f"try a lower peak_learning_rate."
-                )
+        check_finite_parameters(state.step, self.engine.model)
         self.hooks.save(state)

@@ -152,8 +152,8 @@ class TrainingLoop:
         return result
 
     def _check_losses(self, step: int, losses: tuple[float, float, float]) -> None:
+        check_finite(step + 1, losses, self.engine.model)
         try:
-            check_finite(step + 1, losses, self.engine.model)
             self._watch.check(step + 1, losses[0])
         except TrainingError:
             if self.engine.rank == 0:

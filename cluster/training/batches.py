@@ -6,8 +6,12 @@
     window 0      t0 t1 t2 t3                          targets t1 t2 t3 t4
     window 1                  t4 t5 t6 t7              targets t5 t6 t7 t8
 
-A batch is a pure function of the tokens and of (seed, step, rank, world_size):
-a run resumes at any step by that number alone.
+Documents are packed: they follow each other, each closed by the end of text, and windows are cut without regard to
+where one ends. No position is padding, and a token may attend to the end of the document before.
+
+The windows of a step, over all workers, are a pure function of the tokens and of (seed, step, global batch size).
+A worker takes consecutive ones of them, and micro-steps take consecutive ones of these: so a run resumes at any step
+by that number alone, also with other workers or micro-steps.
 """
 
 from collections.abc import Iterator
@@ -15,7 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from cluster.training.shards import Tokens
+from cluster.training.token_array import Tokens
 from moe_bitnet.errors import ConfigError, DataError
 
 Batch = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]

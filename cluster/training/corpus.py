@@ -4,20 +4,22 @@ Without a path the text is the standard library of the running interpreter, see
 :mod:`cluster.training.standard_library`. Nothing is downloaded.
 
 A file is judged by its content, not by its suffix: UTF-8 without a NUL byte is
-text. Only ``.parquet`` is opened as a table. Long texts are cut at line ends,
+text, also if gzip compressed it. Only ``.parquet`` is opened as a table. Long texts are cut at line ends,
 so that one long file can be shared out between training and validation.
 
 Limits: what is kept lies in memory (bound it with ``max_bytes``), and only exact
 duplicates are dropped: a file that differs in one character stays.
 """
 
+import gzip
 import logging
 import os
 import platform
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow
 import pyarrow.parquet
@@ -36,7 +38,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_DOCUMENT_BYTES = 256 * 1024  # some 80,000 tokens: longer than any training sequence so far
 _MIN_DOCUMENT_BYTES = 64
 _SNIFFED_BYTES = 8192
-_ALLOWED = "Pass UTF-8 text files, Parquet files with a column of strings, or folders of them."
+_GZIP_MAGIC = b"\x1f\x8b"
+_MAX_UNPACKED_BYTES = 2**30  # of one compressed file: a small one may claim to hold any amount
+_ALLOWED = "Pass UTF-8 text files (gzip is unpacked), Parquet files with a column of strings, or folders of them."
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,10 @@ def _read_text(path: Path) -> str:
             raise DataError(f"{_printable(path)} is neither a file nor a folder. {_ALLOWED}")
         with path.open("rb") as file:
             data = file.read(_SNIFFED_BYTES)
-            if b"\0" not in data:
+            if data.startswith(_GZIP_MAGIC):
+                file.seek(0)
+                data = _unpack(path, file)
+            elif b"\0" not in data:
                 data += file.read()
     except OSError as error:
         raise DataError(f"{_printable(path)} cannot be read ({error.strerror}). {_ALLOWED}") from error
@@ -214,6 +221,19 @@ def _read_text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{_printable(path)} is not UTF-8 at byte {error.start}. {_ALLOWED}") from error
+
+
+def _unpack(path: Path, file: BinaryIO) -> bytes:
+    try:
+        with gzip.open(file) as unpacked:
+            data = unpacked.read(_MAX_UNPACKED_BYTES + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{_printable(path)} is not a whole gzip file ({error}). Copy it again.") from error
+    if len(data) > _MAX_UNPACKED_BYTES:
+        raise DataError(
+            f"{_printable(path)} unpacks to more than {_MAX_UNPACKED_BYTES // 2**20} MiB. Unpack and divide it."
+        )
+    return data
 
 
 def _read_parquet(path: Path, name: str, text_column: str | None) -> Iterator[Document]:

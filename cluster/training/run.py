@@ -6,7 +6,6 @@ whole path in one process::
     shards ──► model, optimizer (or the latest checkpoint's) ──► engine ──► TrainingLoop ──► <out>/model, summary.json
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -24,10 +23,11 @@ from cluster.training.engine import Engine, TorchEngine
 from cluster.training.loop import LoopHooks, TrainingLoop
 from cluster.training.metrics import Line, MetricsLog
 from cluster.training.objective import Objective
-from cluster.training.shards import Tokens, load_tokens, read_summary
+from cluster.training.shards import data_fingerprint, load_tokens, read_summary
 from cluster.training.state import TrainingState
 from cluster.training.stopping import StopSignals, is_stop_requested
 from cluster.training.summary import summarize, write_results
+from cluster.training.token_array import Tokens
 from moe_bitnet.config import ModelConfig
 from moe_bitnet.errors import ConfigError
 from moe_bitnet.model import MoETransformer
@@ -116,15 +116,6 @@ def check_run(model_config: ModelConfig, config: TrainConfig) -> None:
             f"The model's vocab_size is {model_config.vocab_size}, the tokenizer of {config.data_folder} has "
             f"{vocab_size} tokens. Give vocab_size {vocab_size}."
         )
-
-
-def data_fingerprint(train_tokens: Tokens, validation_tokens: Tokens) -> str:
-    """Return a SHA-256 over the tokens of both splits."""
-    digest = hashlib.sha256()
-    for tokens in (train_tokens, validation_tokens):
-        digest.update(len(tokens).to_bytes(8, "little"))
-        digest.update(tokens.data)
-    return digest.hexdigest()
 
 
 def evaluation_batches(tokens: Tokens, config: TrainConfig, world_size: int) -> Iterable[Batch]:

@@ -12,19 +12,19 @@ is told in :mod:`cluster.training.batches`.
 """
 
 import dataclasses
+import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow
-import pyarrow.parquet
 
 from cluster.training.document import Document, content_hash, sample_documents
+from cluster.training.shard_file import REBUILD, count_tokens, read_shard, write_shard
+from cluster.training.token_array import Tokens, fill_tokens, token_chunks
 from moe_bitnet.errors import ConfigError, DataError
 from moe_bitnet.files import read_json, replace_directory, write_json_atomically
 from moe_bitnet.tokenizer import Tokenizer
@@ -32,15 +32,12 @@ from moe_bitnet.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "validation"]
-Tokens = npt.NDArray[np.int32]
 Progress = Callable[[int, int], None]
 
 DEFAULT_VALIDATION_FRACTION = 0.05
 _SUMMARY = "summary.json"
 _SPLITS: tuple[Split, ...] = ("train", "validation")
 _ENCODE_CHUNK = 32  # documents encoded together: enough for all cores, few enough for memory and smooth progress
-_READ_CHUNK = 1024  # documents held as Arrow lists while reading
-_REBUILD = "Build the shards again."
 
 
 @dataclass(frozen=True)
@@ -225,21 +222,12 @@ def _write_split(
             num_pending += len(token_ids)
             num_tokens += len(token_ids) + 1
             if num_pending >= tokens_per_shard:
-                _write_shard(folder / f"{split}-{num_shards:05d}.parquet", names, rows, tokenizer.vocab_size)
+                write_shard(folder / f"{split}-{num_shards:05d}.parquet", names, rows, tokenizer.vocab_size)
                 names, rows, num_pending, num_shards = [], [], 0, num_shards + 1
         report(len(chunk))
     if rows:
-        _write_shard(folder / f"{split}-{num_shards:05d}.parquet", names, rows, tokenizer.vocab_size)
+        write_shard(folder / f"{split}-{num_shards:05d}.parquet", names, rows, tokenizer.vocab_size)
     return num_tokens
-
-
-def _write_shard(path: Path, names: list[str], rows: list[npt.NDArray[np.int32]], vocab_size: int) -> None:
-    dtype = np.uint16 if vocab_size <= 2**16 else np.int32
-    offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
-    token_ids = pyarrow.ListArray.from_arrays(offsets, np.concatenate(rows).astype(dtype))
-    table = pyarrow.table({"name": pyarrow.array(names, pyarrow.string()), "token_ids": token_ids})
-    # Checksums turn a flipped bit into an error; without them it would be another token.
-    pyarrow.parquet.write_table(table, path, compression="zstd", row_group_size=_READ_CHUNK, write_page_checksum=True)
 
 
 def _summarize(
@@ -280,23 +268,24 @@ def read_summary(folder: Path) -> ShardSummary:
     try:
         fields = read_json(path)
     except OSError as error:
-        raise DataError(f"{folder} holds no {_SUMMARY} ({error.strerror}). Pass a folder of shards.") from error
+        raise _missing_summary(folder, error) from error
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}). {_REBUILD}") from error
+        raise DataError(f"{path} is not JSON ({error}). {REBUILD}") from error
     expected = {field.name: field.type for field in dataclasses.fields(ShardSummary)}
     if not isinstance(fields, dict) or set(fields) != set(expected):
-        raise DataError(f"{path} does not have the fields {sorted(expected)}. {_REBUILD}")
+        raise DataError(f"{path} does not have the fields {sorted(expected)}. {REBUILD}")
     for name, kind in expected.items():
         is_number = kind in (int, float) and isinstance(fields[name], int) and not isinstance(fields[name], bool)
         if not is_number and type(fields[name]) is not kind:
-            raise DataError(f"{path}: {name} is {fields[name]!r}, not of type {kind}. {_REBUILD}")
+            raise DataError(f"{path}: {name} is {fields[name]!r}, not of type {kind}. {REBUILD}")
     return ShardSummary(**fields)
 
 
 def load_tokens(folder: Path, split: Split) -> Tokens:
     """Load all documents of a split, one after the other, each closed by the end of text.
 
-    Shards are read a thousand documents at a time into the one array that is returned.
+    Shards are read some documents at a time into the one array that is returned; a long one is a memory-mapped
+    temporary file, see :mod:`cluster.training.token_array`.
 
     Args:
         folder: written by :func:`build_shards`.
@@ -305,84 +294,44 @@ def load_tokens(folder: Path, split: Split) -> Tokens:
         ``[num_tokens]``, int32, C-contiguous.
     Raises:
         DataError: the split is missing, or a shard is truncated, empty, altered, missing, or not of this
-            vocabulary.
+            vocabulary; or the temporary folder has no room.
     """
     if split not in _SPLITS:
         raise DataError(f"There is no split {split!r}. Pass one of {list(_SPLITS)}.")
     summary = read_summary(folder)
     paths = sorted(folder.glob(f"{split}-*.parquet"))
     if not paths:
-        raise DataError(f"{folder} holds no {split}-*.parquet. {_REBUILD}")
+        raise DataError(f"{folder} holds no {split}-*.parquet. {REBUILD}")
     num_tokens = summary.num_train_tokens if split == "train" else summary.num_validation_tokens
     # Counted first, so that a wrong summary cannot ask for more memory than the shards fill.
-    num_found = sum(_count_tokens(path) for path in paths)
+    num_found = sum(count_tokens(path) for path in paths)
     if num_found != num_tokens:
         raise DataError(
             f"{folder} holds {num_found} tokens of {split}, its {_SUMMARY} says {num_tokens}: shards were lost, added "
-            f"or altered. {_REBUILD}"
+            f"or altered. {REBUILD}"
         )
-    tokens = np.empty(num_tokens, dtype=np.int32)
-    end = 0
-    for path in paths:
-        for part in _read_shard(path, summary):
-            tokens[end : end + len(part)] = part
-            end += len(part)
-    assert end == num_tokens
-    return tokens
+    parts = (part for path in paths for part in read_shard(path, summary.vocab_size, summary.end_of_text_id))
+    return fill_tokens(parts, num_tokens)
 
 
-@contextmanager
-def _open_shard(path: Path) -> Iterator[Any]:
-    """Yield a checked Parquet file; damage that shows while it is read becomes a DataError."""
-    try:
-        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            _check_columns(path, file.schema_arrow)
-            if file.metadata.num_rows == 0:
-                raise DataError(f"The shard {path} holds no documents. {_REBUILD}")
-            yield file
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"The shard {path} is truncated or altered ({error}). {_REBUILD}") from error
+def data_fingerprint(train_tokens: Tokens, validation_tokens: Tokens) -> str:
+    """Return a SHA-256 over the tokens of both splits, read piece by piece."""
+    digest = hashlib.sha256()
+    for tokens in (train_tokens, validation_tokens):
+        digest.update(len(tokens).to_bytes(8, "little"))
+        for chunk in token_chunks(tokens):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
-def _count_tokens(path: Path) -> int:
-    """Return the tokens of a shard, ends of text included, from its footer alone."""
-    with _open_shard(path) as file:
-        metadata = file.metadata
-        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-        columns = [group.column(index) for group in groups for index in range(group.num_columns)]
-        num_values = sum(column.num_values for column in columns if column.path_in_schema.startswith("token_ids."))
-        return int(num_values + metadata.num_rows)
-
-
-def _read_shard(path: Path, summary: ShardSummary) -> Iterator[Tokens]:
-    """Yield the tokens of a shard, some documents at a time, an end of text after each document."""
-    with _open_shard(path) as file:
-        for batch in file.iter_batches(batch_size=_READ_CHUNK, columns=["token_ids"]):
-            yield _flatten(path, batch.column(0), summary)
-
-
-def _flatten(path: Path, rows: Any, summary: ShardSummary) -> Tokens:
-    lengths = rows.value_lengths()
-    flat = rows.flatten()
-    if rows.null_count or flat.null_count or 0 in lengths.to_numpy():
-        raise DataError(f"The shard {path} holds a document without token ids. {_REBUILD}")
-    values = flat.to_numpy().astype(np.int32)
-    if not 0 <= values.min() <= values.max() < summary.vocab_size:
-        wrong = values.min() if values.min() < 0 else values.max()
-        raise DataError(
-            f"The shard {path} holds token id {wrong}, but the vocabulary has {summary.vocab_size} tokens "
-            f"(0 to {summary.vocab_size - 1}). {_REBUILD}"
-        )
-    with_ends: Tokens = np.insert(values, np.cumsum(lengths.to_numpy()), summary.end_of_text_id)
-    return with_ends
-
-
-def _check_columns(path: Path, schema: Any) -> None:
-    types = {field.name: field.type for field in schema}
-    allowed = (pyarrow.list_(pyarrow.uint16()), pyarrow.list_(pyarrow.int32()))
-    if types.get("name") != pyarrow.string() or types.get("token_ids") not in allowed:
-        found = ", ".join(f"{name}: {kind}" for name, kind in types.items())
-        raise DataError(
-            f"The shard {path} has the columns ({found}), not (name: string, token_ids: list<uint16 or int32>). "
-            f"{_REBUILD}"
-        )
+def _missing_summary(folder: Path, error: OSError) -> DataError:
+    """Say what to do with a folder without a summary, also where another program wrote Parquet files into it."""
+    if not any(folder.glob("*.parquet")):
+        return DataError(f"{folder} holds no {_SUMMARY} ({error.strerror}). Pass a folder of shards.")
+    fields = ", ".join(field.name for field in dataclasses.fields(ShardSummary))
+    return DataError(
+        f"{folder} holds Parquet files but no {_SUMMARY}: another program wrote them. Files of texts become shards by "
+        f"`moe-bitnet data --data {folder}`. Files of token ids can be used as they are if their names are "
+        f"train-*.parquet and validation-*.parquet, with the columns (name: string, token_ids: list<uint16 or "
+        f"int32>), beside tokenizer.json and a {_SUMMARY} with the fields {fields}."
+    )

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         metavar="PATH",
-        help="text files, folders or Parquet files (default: the Python standard library's sources)",
+        help="text files (also gzip), folders or Parquet files (default: the Python standard library's sources)",
     )
     parser.add_argument("--text-column", help="column of the Parquet files that holds the text")
     parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of the byte-level BPE (default: 4096)")

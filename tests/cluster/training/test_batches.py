@@ -54,6 +54,16 @@ def test_ranks_together_see_what_one_worker_would():
     assert alone == [first for part in shared for first in part]
 
 
+@pytest.mark.parametrize(("world_size", "num_parts"), [(1, 3), (2, 1), (2, 3), (3, 2), (6, 1)])
+def test_a_run_goes_on_with_other_workers_and_micro_steps(world_size, num_parts):
+    """From any step on, the workers' micro-batches joined are the batch that one worker would have had."""
+    whole = TokenBatches(TOKENS, batch_size=6, seq_len=7, seed=4)
+    workers = [TokenBatches(TOKENS, 6 // world_size, 7, 4, rank, world_size) for rank in range(world_size)]
+    for step in (11, 5, 6):  # 5 reaches over the end of the first epoch
+        parts = [part for worker in workers for part in np.split(worker.at(step)[0], num_parts)]
+        np.testing.assert_array_equal(np.concatenate(parts), whole.at(step)[0])
+
+
 def test_the_order_is_the_same_under_every_numpy():
     assert [first_tokens(batch_at(TOKENS, step, 4, 7, seed=1)) for step in (0, 100)] == GOLDEN_ORDER
 

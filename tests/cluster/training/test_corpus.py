@@ -1,3 +1,4 @@
+import gzip
 import os
 from pathlib import Path
 
@@ -194,3 +195,22 @@ def test_the_standard_library_is_the_default(monkeypatch, tmp_path):
     assert sources == ["stdlib/os.py", "stdlib/json/decoder.py"]
     assert "docstrings/math" in names(corpus)
     assert "standard library" in corpus.source
+
+
+def test_gzip_files_are_unpacked(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("première\n".encode()))
+    (tmp_path / "b").write_bytes(gzip.compress(b"two\n"))  # judged by its content
+    (tmp_path / "c.gz").write_bytes(gzip.compress(b"\0binary"))
+    (tmp_path / "d.gz").write_bytes(gzip.compress(b"cut off" * 99)[:-5])
+    corpus = collect_documents([tmp_path])
+    assert texts(corpus) == ["première\n", "two\n"]
+    assert corpus.num_skipped_files == 2
+    with pytest.raises(DataError, match="not a whole gzip file"):
+        collect_documents([tmp_path / "d.gz"])
+
+
+def test_a_gzip_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.training.corpus._MAX_UNPACKED_BYTES", 1024)
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(b"a" * 1025))
+    with pytest.raises(DataError, match="unpacks to more than"):
+        collect_documents([tmp_path / "bomb.gz"])

@@ -2,6 +2,8 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tempfile
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -11,11 +13,13 @@ import pytest
 from cluster.training.document import Document
 from cluster.training.shards import (
     build_shards,
+    data_fingerprint,
     load_tokens,
     read_summary,
     split_documents,
     train_tokenizer,
 )
+from cluster.training.token_array import fill_tokens
 from moe_bitnet.errors import ConfigError, DataError
 from moe_bitnet.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -189,6 +193,18 @@ def test_the_tokenizer_sample_is_capped():
     assert train_tokenizer(DOCUMENTS, 400, max_bytes=200).vocab_size < train_tokenizer(DOCUMENTS, 400).vocab_size
 
 
+def test_long_splits_are_mapped_from_a_file_that_has_no_name(built, monkeypatch, tmp_path):
+    in_memory = load_tokens(built[0], "train")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("cluster.training.shards.fill_tokens", partial(fill_tokens, max_in_memory=100))
+    mapped = load_tokens(built[0], "train")
+    assert isinstance(mapped, np.memmap)
+    assert not any((tmp_path / "scratch").iterdir())
+    np.testing.assert_array_equal(mapped, in_memory)
+    assert data_fingerprint(mapped, mapped) == data_fingerprint(in_memory, in_memory)
+
+
 # --- Reading what is damaged
 
 
@@ -275,6 +291,13 @@ def test_a_document_without_tokens_is_refused(built, row):
 def test_a_summary_that_counts_otherwise_is_refused(built, num_tokens):
     with pytest.raises(DataError, match="shards were lost"):
         load_tokens(put_in_one_shard(built, [[1, 2], [3, 4]], num_tokens), "train")
+
+
+def test_shards_of_another_program_are_told_what_is_missing(built):
+    folder, _ = built
+    (folder / "summary.json").unlink()
+    with pytest.raises(DataError, match=r"another program wrote them.*fields source, vocab_size"):
+        load_tokens(folder, "train")
 
 
 def test_a_corrupt_summary_is_refused(built):

@@ -1,0 +1,174 @@
+"""Which models the quality benchmark trains, in which order, and at which learning rates.
+
+A cell is one training run. Each precision's best peak learning rate is found by a sweep of its own at the two
+smaller sizes, by probes a fifth as long at the largest; only then are its other seeds known::
+
+    small: sweep ──► other seeds, prose, and the rates to try at middle
+    middle: sweep ──► other seed, and the rates to try at large
+    large: probes ──► one run
+
+:func:`plan` is a pure function of what is finished, so that an interrupted table goes on where it was.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moe_bitnet.config import ModelConfig, Precision
+
+Corpus = Literal["code", "prose"]
+
+SIZES = ("small", "middle", "large")
+COMPARED: tuple[Precision, ...] = ("ternary", "float", "int4-experts")
+SEEDS = {"small": (0, 1, 2), "middle": (0, 1), "large": (0,)}
+"""Seeds of each size on the code corpus; prose is trained at the smallest, with as many."""
+
+VOCAB_SIZE = 2048
+BATCH_SIZE = 8
+SEQ_LEN = 256
+_PROBE_SHARE = 5
+_FIRST_RATES: dict[Precision, tuple[float, ...]] = {
+    "ternary": (4e-3, 8e-3, 1.6e-2),
+    "float": (2e-3, 4e-3, 8e-3),
+    "int4-experts": (2e-3, 4e-3, 8e-3),
+    "binary": (4e-3, 8e-3),
+}
+_SHAPES: dict[str, dict[str, Any]] = {
+    "small": {"hidden_size": 128, "intermediate_size": 192, "num_layers": 4, "num_heads": 2},
+    "middle": {"hidden_size": 256, "intermediate_size": 384, "num_layers": 5, "num_heads": 4},
+    "large": {"hidden_size": 384, "intermediate_size": 640, "num_layers": 6, "num_heads": 6},
+    "quick": {"hidden_size": 32, "intermediate_size": 32, "num_layers": 2, "num_heads": 1},
+    "quick-wide": {"hidden_size": 64, "intermediate_size": 64, "num_layers": 2, "num_heads": 1},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run.
+
+    Attributes:
+        corpus: what it reads.
+        size: name of its shape.
+        precision: of the model.
+        peak_learning_rate: of the schedule.
+        seed: of weights and order.
+        num_steps: optimizer steps.
+    """
+
+    corpus: Corpus
+    size: str
+    precision: Precision
+    peak_learning_rate: float
+    seed: int
+    num_steps: int
+
+    @property
+    def name(self) -> str:
+        """The cell's folder."""
+        rate = f"{self.peak_learning_rate:g}"
+        return f"{self.corpus}-{self.size}-{self.precision}-lr{rate}-seed{self.seed}-{self.num_steps}steps"
+
+
+Losses = Mapping[Cell, float]
+"""Validation loss of each finished cell, nats a token."""
+
+
+def model_config(size: str, precision: Precision) -> ModelConfig:
+    """Return a shape: 8 experts, top 2, the same sub-norms in every precision."""
+    return ModelConfig(
+        vocab_size=VOCAB_SIZE,
+        num_kv_heads=min(2, _SHAPES[size]["num_heads"]),
+        head_dim=64,
+        num_experts=8,
+        top_k=2,
+        max_seq_len=SEQ_LEN,
+        precision=precision,
+        **_SHAPES[size],
+    )
+
+
+def plan(losses: Losses, num_steps: int) -> list[Cell]:
+    """Return all cells that are known by now, the most needed first; finished ones are among them.
+
+    Args:
+        losses: of what is finished.
+        num_steps: of a whole run.
+    """
+    cells = [*small_sweep(num_steps)]
+    precisions: tuple[Precision, ...] = (*COMPARED, "binary")
+    best = {precision: best_rate(losses, "small", precision, num_steps) for precision in precisions}
+    cells += [
+        Cell("code", "small", precision, rate, seed, num_steps)
+        for precision in COMPARED
+        for seed in SEEDS["small"][1:]
+        if (rate := best[precision])
+    ]
+    cells += middle_sweep(losses, num_steps)
+    middle = {precision: best_rate(losses, "middle", precision, num_steps) for precision in COMPARED}
+    cells += [
+        Cell("code", "middle", precision, rate, seed, num_steps)
+        for precision in COMPARED
+        for seed in SEEDS["middle"][1:]
+        if (rate := middle[precision])
+    ]
+    cells += large_probes(losses, num_steps)
+    cells += [
+        Cell("code", "large", precision, rate, seed, num_steps)
+        for precision in COMPARED
+        for seed in SEEDS["large"]
+        if (rate := best_rate(losses, "large", precision, num_steps))
+    ]
+    cells += [
+        Cell("prose", "small", precision, rate, seed, num_steps)
+        for seed in SEEDS["small"]
+        for precision in COMPARED
+        if (rate := best[precision])
+    ]
+    return list(dict.fromkeys(cells))
+
+
+def small_sweep(num_steps: int) -> list[Cell]:
+    """Return the cells of the sweep at the smallest size."""
+    return [
+        Cell("code", "small", precision, rate, 0, num_steps)
+        for precision, rates in _FIRST_RATES.items()
+        for rate in rates
+    ]
+
+
+def middle_sweep(losses: Losses, num_steps: int) -> list[Cell]:
+    """Return the cells of the sweep at the middle size: the best rate of the smallest, and half of it."""
+    return [
+        Cell("code", "middle", precision, factor * rate, 0, num_steps)
+        for precision in COMPARED
+        if (rate := best_rate(losses, "small", precision, num_steps))
+        for factor in (1.0, 0.5)
+    ]
+
+
+def large_probes(losses: Losses, num_steps: int) -> list[Cell]:
+    """Return the short cells of the largest size: the best rate of the middle one, and half of it."""
+    return [
+        Cell("code", "large", precision, factor * rate, 0, num_steps // _PROBE_SHARE)
+        for precision in COMPARED
+        if (rate := best_rate(losses, "middle", precision, num_steps))
+        for factor in (1.0, 0.5)
+    ]
+
+
+def sweep_of(losses: Losses, size: str, precision: Precision, num_steps: int) -> list[Cell]:
+    """Return the cells that decide the learning rate of a size and precision; empty if they are not known yet."""
+    cells = {
+        "small": lambda: small_sweep(num_steps),
+        "middle": lambda: middle_sweep(losses, num_steps),
+        "large": lambda: large_probes(losses, num_steps),
+    }[size]()
+    return [cell for cell in cells if cell.precision == precision]
+
+
+def best_rate(losses: Losses, size: str, precision: Precision, num_steps: int) -> float | None:
+    """Return the peak learning rate with the lowest validation loss, or ``None`` while its sweep is not finished."""
+    cells = sweep_of(losses, size, precision, num_steps)
+    if not cells or any(cell not in losses for cell in cells):
+        return None
+    return min(cells, key=lambda cell: losses[cell]).peak_learning_rate

@@ -1,0 +1,99 @@
+"""Drawings of the quality table, from metrics alone: perplexity against bytes, gap by size, learning rates."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from benchmarks.metrics import Metric
+from benchmarks.plot_style import INK, MUTED, save_figure, style_axes
+from moe_bitnet.errors import DataError
+
+_COLORS = {"ternary": "#d0561a", "float": "#2b6ca8", "int4-experts": "#5b8c3e", "binary": "#8a6fb0"}
+_LABELS = {"ternary": "ternary", "float": "FP16", "int4-experts": "int4 experts", "binary": "binary (b1)"}
+
+
+def plot_training_quality(metrics: Sequence[Metric], path: Path) -> None:
+    """Draw three panels of what ``training_quality`` measured on code.
+
+    Args:
+        metrics: those of other names are left out.
+        path: the drawing's file; its ending chooses the format.
+    Raises:
+        DataError: there are no perplexities among the metrics.
+    """
+    models = [
+        metric
+        for metric in metrics
+        if metric.metric.endswith(".validation_ppl") and metric.detail.get("corpus") == "code"
+    ]
+    if not models:
+        raise DataError(f"{path}: none of {len(metrics)} metrics is a validation_ppl. Give others.")
+    figure = Figure(figsize=(13.0, 4.4), layout=ConstrainedLayoutEngine(w_pad=0.1))
+    by_bytes, by_size, by_rate = figure.subplots(1, 3)
+    _draw_bytes(by_bytes, models)
+    _draw_gaps(by_size, metrics)
+    _draw_sweeps(by_rate, [metric for metric in metrics if metric.metric.endswith(".sweep_ppl")])
+    for axes, title in (
+        (by_bytes, "Validation PPL against stored bytes"),
+        (by_size, "PPL over the float twin's, equal parameters"),
+        (by_rate, "Sweeps of the peak learning rate"),
+    ):
+        axes.set_title(title, loc="left", color=INK, fontweight="bold", fontsize="medium")
+        style_axes(axes)
+    save_figure(figure, path, models[0], "standard library's sources; mean of seeds")
+
+
+def _draw_bytes(axes: Axes, models: Sequence[Metric]) -> None:
+    for precision, color in _COLORS.items():
+        points = sorted((m.detail["bytes"] / 1e6, m.value or 0.0) for m in models if m.detail["precision"] == precision)
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=color, linewidth=1.8, label=_LABELS[precision])
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("MB (floats at 16 bits, ternary in base-3)", color=MUTED)
+    axes.legend(frameon=False, fontsize="small", labelcolor=MUTED)
+
+
+def _draw_gaps(axes: Axes, metrics: Sequence[Metric]) -> None:
+    active = {
+        metric.detail["size"]: metric.detail["active_parameters"] / 1e6
+        for metric in metrics
+        if metric.metric.endswith(".validation_ppl")
+    }
+    gaps = [metric for metric in metrics if metric.metric.endswith("ppl_vs_twin") and metric.detail["corpus"] == "code"]
+    for precision in ("ternary", "int4-experts", "binary"):
+        points = sorted((active[m.detail["size"]], m) for m in gaps if m.detail["precision"] == precision)
+        color = _COLORS[precision]
+        if points:
+            sizes = [size for size, _ in points]
+            axes.plot(sizes, [m.value for _, m in points], "-", color=color, linewidth=1.8, label=_LABELS[precision])
+            for size, metric in points:
+                axes.plot([size] * len(metric.detail["by_seed"]), metric.detail["by_seed"], "o", color=color, alpha=0.6)
+    axes.axhline(1.0, color=MUTED, linewidth=0.8)
+    axes.axhline(1.05, color=MUTED, linewidth=0.8, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_xlabel("million active parameters (points: seeds; dotted: the goal)", color=MUTED)
+    axes.legend(frameon=False, fontsize="small", labelcolor=MUTED)
+
+
+def _draw_sweeps(axes: Axes, sweeps: Sequence[Metric]) -> None:
+    styles = {"small": "-", "middle": "--", "large": ":"}
+    for size, style in styles.items():
+        for precision, color in _COLORS.items():
+            points = sorted(
+                (m.detail["peak_learning_rate"], m.value or 0.0)
+                for m in sweeps
+                if m.detail["size"] == size and m.detail["precision"] == precision
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), style, marker="o", color=color, linewidth=1.4)
+    for size, style in styles.items():
+        steps = next((m.detail["steps"] for m in sweeps if m.detail["size"] == size), None)
+        axes.plot([], [], style, color=MUTED, label=size if steps is None else f"{size}, {steps} steps")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("peak learning rate", color=MUTED)
+    axes.legend(frameon=False, fontsize="small", labelcolor=MUTED)

@@ -226,6 +226,11 @@ class PackedDecoder:
 
     @staticmethod
     def _require_packed(model: MoETransformer) -> None:
+        if model.config.has_float_backbone:
+            raise CheckpointError(
+                "PackedDecoder: the model has a float backbone (attention and shared experts), the library computes "
+                "packed ones alone. Use the model itself."
+            )
         for block in model.blocks:
             assert isinstance(block, Block)
             if not isinstance(block.attention.o_proj, PackedBitLinear) or not isinstance(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_bitnet.attention import Attention, AttentionCache
 from moe_bitnet.config import ModelConfig
@@ -25,13 +26,14 @@ class ModelOutput:
 
     Attributes:
         logits: float32 ``[B, S, V]``.
-        load_balance_loss: scalar, mean over layers; 1 for a uniform router.
+        router_probabilities: float32 ``[num_layers, E]``, means over tokens, for
+            :func:`moe_bitnet.router.load_balance_loss`.
         router_z_loss: scalar, mean over layers.
         tokens_per_expert: int64 ``[num_layers, E]``.
     """
 
     logits: Tensor
-    load_balance_loss: Tensor
+    router_probabilities: Tensor
     router_z_loss: Tensor
     tokens_per_expert: Tensor
 
@@ -66,6 +68,7 @@ class MoETransformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.has_activation_checkpointing = False  # in training: compute blocks again rather than keep what they hold
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
@@ -87,13 +90,16 @@ class MoETransformer(nn.Module):
         hidden_states = self.embedding(token_ids).float()
         statistics: list[RoutingStatistics] = []
         for block in self.blocks:
-            hidden_states, of_block = block(hidden_states, cache)
+            if self.has_activation_checkpointing and torch.is_grad_enabled():
+                hidden_states, of_block = checkpoint(block, hidden_states, cache, use_reentrant=False)
+            else:
+                hidden_states, of_block = block(hidden_states, cache)
             statistics.append(of_block)
         head = self.embedding.weight if self.config.has_tied_embeddings else self.lm_head.weight
         logits = F.linear(self.norm(hidden_states), head.float()).float()
         return ModelOutput(
             logits,
-            torch.stack([s.load_balance_loss for s in statistics]).mean(),
+            torch.stack([s.router_probabilities for s in statistics]),
             torch.stack([s.router_z_loss for s in statistics]).mean(),
             torch.stack([s.tokens_per_expert for s in statistics]),
         )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moe_bitnet.config import ModelConfig
 from moe_bitnet.experts import ExpertExecutor, build_experts
 from moe_bitnet.layers import RMSNorm
-from moe_bitnet.router import Router, Routing, count_tokens_per_expert, load_balance_loss, router_z_loss
+from moe_bitnet.router import Router, Routing, count_tokens_per_expert, mean_router_probabilities, router_z_loss
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,12 @@ class RoutingStatistics:
     """What a layer says about its routing.
 
     Attributes:
-        load_balance_loss: scalar float32, 1 for a uniform router.
+        router_probabilities: float32 ``[E]``, mean over tokens.
         router_z_loss: scalar float32.
         tokens_per_expert: int64 ``[E]``.
     """
 
-    load_balance_loss: Tensor
+    router_probabilities: Tensor
     router_z_loss: Tensor
     tokens_per_expert: Tensor
 
@@ -53,7 +53,7 @@ class MoELayer(nn.Module):
         if self.num_shared_experts:
             output = output + self.shared_experts.run(hidden_states, self._visit_all(hidden_states))
         return output, RoutingStatistics(
-            load_balance_loss(routing),
+            mean_router_probabilities(routing),
             router_z_loss(routing),
             count_tokens_per_expert(routing.expert_indices, routing.router_logits.shape[-1]),
         )

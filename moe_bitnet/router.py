@@ -59,18 +59,29 @@ def count_tokens_per_expert(expert_indices: Tensor, num_experts: int) -> Tensor:
     return counts.index_add(0, flat, torch.ones_like(flat))
 
 
-def load_balance_loss(routing: Routing) -> Tensor:
+def mean_router_probabilities(routing: Routing) -> Tensor:
+    """Return the mean over tokens of each expert's probability; float32 ``[E]``, sums to 1."""
+    return routing.router_logits.softmax(dim=-1).mean(dim=0)
+
+
+def load_balance_loss(router_probabilities: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """Return the loss that is 1 for a uniform router and E / K for one that always takes the same K experts.
 
-    ``E · Σ_e f_e · P_e`` with f_e the share of visits to expert e (no gradient) and
-    P_e its mean probability.
+    ``E · Σ_e f_e · P_e`` with f_e the share of visits to expert e (no gradient) and P_e its mean probability. The
+    loss is linear in P: with the visits of the whole batch, and each worker's P of its own part, the mean of the
+    workers' losses is the loss of the whole batch.
 
-    Source: Fedus et al. 2021, arXiv:2101.03961, equation 4, with visits of all K choices.
+    Args:
+        router_probabilities: ``[..., E]`` from :func:`mean_router_probabilities`; leading sizes are layers.
+        tokens_per_expert: ``[..., E]``, visits in the whole batch.
+    Returns:
+        a scalar, the mean over layers.
+    Source: Fedus et al. 2021, arXiv:2101.03961, equation 4, with visits of all K choices; balance over the whole
+        batch: Qiu et al. 2025, arXiv:2501.11873.
     """
-    num_experts = routing.router_logits.shape[-1]
-    visits = count_tokens_per_expert(routing.expert_indices, num_experts)
-    share = visits.float() / routing.expert_indices.numel()
-    return num_experts * (share * routing.router_logits.softmax(dim=-1).mean(dim=0)).sum()
+    visits = tokens_per_expert.to(router_probabilities.dtype)
+    share = visits / visits.sum(dim=-1, keepdim=True)
+    return router_probabilities.shape[-1] * (share * router_probabilities).sum(dim=-1).mean()
 
 
 def router_z_loss(routing: Routing) -> Tensor:

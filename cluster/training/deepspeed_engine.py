@@ -13,6 +13,7 @@ works around (DeepSpeed 0.19.8 on a machine without a GPU):
 
 import copy
 import logging
+import math
 import os
 from typing import Any
 
@@ -49,6 +50,7 @@ class DeepSpeedEngine:
         self.model = model
         self.optimizer: Optimizer = build_optimizer(model, config.adam_beta1, config.adam_beta2)
         self.device = model.embedding.weight.device
+        self._gradient_clipping = config.gradient_clipping
         self._compute_dtype: ComputeDtype = config.compute_dtype
         self._is_compiled = is_compiled
         deepspeed = _import_deepspeed(self.device)
@@ -61,7 +63,7 @@ class DeepSpeedEngine:
             config={
                 "train_micro_batch_size_per_gpu": config.batch_size // self.world_size,
                 "gradient_accumulation_steps": 1,
-                "gradient_clipping": config.gradient_clipping,
+                "gradient_clipping": 0.0,  # done here: DeepSpeed keeps the norm for itself
                 "zero_optimization": {"stage": 0},
                 "torch_autocast": {
                     "enabled": config.compute_dtype == "bfloat16",
@@ -86,9 +88,16 @@ class DeepSpeedEngine:
         """Fulfil :class:`~cluster.training.engine.Engine`."""
         self._engine.backward(loss)
 
-    def step(self) -> None:
+    def step(self) -> float:
         """Fulfil :class:`~cluster.training.engine.Engine`."""
-        self._engine.step()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._gradient_clipping))
+        if math.isfinite(norm):
+            self._engine.step()
+        return norm
+
+    def take_dispatch_bytes(self) -> int:
+        """Fulfil :class:`~cluster.training.engine.Engine`."""
+        return 0
 
     def sum_over_workers(self, values: Tensor) -> Tensor:
         """Fulfil :class:`~cluster.training.engine.Engine`."""
@@ -120,7 +129,7 @@ class _TupleOutput(nn.Module):
 
     def forward(self, token_ids: Tensor) -> tuple[Tensor, ...]:
         output: ModelOutput = self.model(token_ids)
-        return output.logits, output.load_balance_loss, output.router_z_loss, output.tokens_per_expert
+        return output.logits, output.router_probabilities, output.router_z_loss, output.tokens_per_expert
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -5,6 +5,7 @@ DeepSpeed (:mod:`cluster.training.deepspeed_engine`) or torch alone answers.
 """
 
 import copy
+import math
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from cluster.training.config import ComputeDtype, TrainConfig
 from cluster.training.fragments import Fragment, FragmentReader, load_whole, whole_fragments
-from cluster.training.optimizer import build_optimizer
+from cluster.training.optimizer import build_optimizer, freeze_backbone
 from moe_bitnet.model import ModelOutput, MoETransformer
 
 
@@ -54,11 +55,19 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Compute gradients of this worker's ``loss``, averaged over all workers."""
+        """Add the gradients of this worker's ``loss``, averaged over all workers and the micro-steps of a step."""
         ...
 
-    def step(self) -> None:
-        """Clip the gradients, update the parameters, and clear the gradients."""
+    def step(self) -> float:
+        """Clip the gradients, update the parameters, and clear the gradients.
+
+        Returns:
+            the norm of the whole gradient before clipping; if it is not finite, there was no update.
+        """
+        ...
+
+    def take_dispatch_bytes(self) -> int:
+        """Return the bytes that this worker sent to experts on others, and back to them, since the last call."""
         ...
 
     def sum_over_workers(self, values: Tensor) -> Tensor:
@@ -102,8 +111,12 @@ class TorchEngine:
         is_compiled: bool = False,
     ) -> None:
         self.model = model
+        if config.has_frozen_backbone:
+            freeze_backbone(model)
+        model.has_activation_checkpointing = config.has_activation_checkpointing
         self.optimizer: Optimizer = build_optimizer(model, config.adam_beta1, config.adam_beta2)
         self.device = model.embedding.weight.device
+        self._num_parts = config.gradient_accumulation_steps
         self._gradient_clipping = config.gradient_clipping
         self._compute_dtype: ComputeDtype = config.compute_dtype
         self._is_compiled = is_compiled
@@ -120,13 +133,19 @@ class TorchEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Fulfil :class:`Engine`."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss / self._num_parts).backward()  # type: ignore[no-untyped-call]
 
-    def step(self) -> None:
+    def step(self) -> float:
         """Fulfil :class:`Engine`."""
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._gradient_clipping)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._gradient_clipping))
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def take_dispatch_bytes(self) -> int:
+        """Fulfil :class:`Engine`."""
+        return 0
 
     def sum_over_workers(self, values: Tensor) -> Tensor:
         """Fulfil :class:`Engine`."""

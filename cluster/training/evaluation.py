@@ -48,7 +48,7 @@ def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch]) -> 
         if index % engine.world_size != engine.rank:
             continue
         output = engine.predict(torch.from_numpy(inputs).to(engine.device))
-        loss = objective(output, torch.from_numpy(targets).to(engine.device)).loss.detach().double()
+        loss = objective.score(output, torch.from_numpy(targets).to(engine.device)).loss.detach().double()
         loss_sum += torch.stack((loss * inputs.size, loss.new_tensor(inputs.size)))
         visits += output.tokens_per_expert
     loss_sum, visits = engine.sum_over_workers(loss_sum).cpu(), engine.sum_over_workers(visits).cpu()

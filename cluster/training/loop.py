@@ -21,11 +21,12 @@ from cluster.training.divergence import LossWatch, check_finite, check_finite_pa
 from cluster.training.engine import Engine
 from cluster.training.evaluation import Evaluation, evaluate
 from cluster.training.metrics import Line, evaluation_line, training_line
-from cluster.training.objective import LossTerms, Objective
+from cluster.training.objective import Objective, Score
 from cluster.training.optimizer import set_step_size
-from cluster.training.schedule import learning_rate_at, weight_decay_at
+from cluster.training.schedule import learning_rate_at, router_warmup_at, weight_decay_at
 from cluster.training.state import TrainingState
 from moe_bitnet.errors import TrainingError
+from moe_bitnet.router import load_balance_loss
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +69,23 @@ class LoopResult:
 
 
 @dataclass(frozen=True)
-class _StepResult:
-    """Means over all workers, and whether one of them was asked to stop."""
+class StepResult:
+    """What all workers know of a step, or of one of its micro-steps.
+
+    Attributes:
+        losses: cross entropy, load balance and z, unweighted; means over workers and micro-steps.
+        tokens_per_expert: float64 ``[num_layers, E]``, visits of all workers.
+        is_stop_requested: one of them was asked to stop.
+        dispatch_bytes: what all of them sent to each other's experts and back, since the step before was scored: the
+            forward passes of this step, and the last backward pass of the one before.
+        gradient_norm: of the whole gradient before clipping; 0 before the update.
+    """
 
     losses: tuple[float, float, float]
     tokens_per_expert: Tensor
     is_stop_requested: bool
+    dispatch_bytes: float
+    gradient_norm: float = 0.0
 
 
 class TrainingLoop:
@@ -128,28 +140,38 @@ class TrainingLoop:
                 return LoopResult(state, None)
         return LoopResult(state, evaluation or self._evaluate(state.step))
 
-    def step(self, step: int) -> _StepResult:
-        """Run one forward pass, backward pass and update.
+    def step(self, step: int) -> StepResult:
+        """Run the forward and backward passes of a step's micro-steps, and its update.
 
         Args:
             step: counted from 0.
         Raises:
-            TrainingError: the loss jumped or is not finite; the parameters stay as they were.
+            TrainingError: the loss jumped, or it or the gradient is not finite; the parameters stay as they were.
         """
         config, engine = self.config, self.engine
         inputs, targets = (torch.from_numpy(array).to(engine.device) for array in self.hooks.train_batch(step))
-        output = engine.forward(inputs)
-        terms = self.objective(output, targets)
-        result = self._gather(terms, output.tokens_per_expert)
-        self._check_losses(step, result.losses)
-        engine.backward(terms.total)
+        num_parts = config.gradient_accumulation_steps
+        parts = []
+        for part_inputs, part_targets in zip(inputs.chunk(num_parts), targets.chunk(num_parts), strict=True):
+            score = self.objective.score(engine.forward(part_inputs), part_targets)
+            part = self._gather(score)
+            self._check_losses(step, part.losses)
+            engine.backward(self.objective.total(score, part.tokens_per_expert.to(engine.device)))
+            parts.append(part)
         set_step_size(
             engine.optimizer,
             learning_rate_at(step, config.num_steps, config.num_warmup_steps, self.peak_learning_rate),
             weight_decay_at(step, config.num_steps, config.weight_decay),
+            router_warmup_at(step, config.router_warmup_steps),
         )
-        engine.step()
-        return result
+        gradient_norm = engine.step()
+        if not math.isfinite(gradient_norm):
+            check_finite_parameters(step + 1, engine.model)  # names the first one, where it is here
+            raise TrainingError(
+                f"step {step + 1}: the norm of the gradient is {gradient_norm}; no update was made. The last "
+                f"checkpoint is kept. Train in another out_folder with a lower peak_learning_rate or a longer warm-up."
+            )
+        return replace(_join(parts), gradient_norm=gradient_norm)
 
     def _check_losses(self, step: int, losses: tuple[float, float, float]) -> None:
         check_finite(step + 1, losses, self.engine.model)
@@ -160,21 +182,25 @@ class TrainingLoop:
                 self.hooks.discard(step)
             raise
 
-    def _timed_step(self, step: int) -> tuple[_StepResult, float]:
+    def _timed_step(self, step: int) -> tuple[StepResult, float]:
         start = time.monotonic()
         result = self.step(step)
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)
         return result, time.monotonic() - start
 
-    def _gather(self, terms: LossTerms, tokens_per_expert: Tensor) -> _StepResult:
-        """Average over workers; one message a step."""
-        scalars = torch.stack((terms.loss, terms.load_balance_loss, terms.router_z_loss)).detach().double()
-        is_asked = scalars.new_tensor([float(self.hooks.should_stop())])
-        message = torch.cat((scalars, is_asked, tokens_per_expert.flatten().double()))
-        total = self.engine.sum_over_workers(message).cpu()
-        loss, load_balance, router_z = (total[:3] / self.engine.world_size).tolist()
-        return _StepResult((loss, load_balance, router_z), total[4:].view(tokens_per_expert.shape), bool(total[3] > 0))
+    def _gather(self, score: Score) -> StepResult:
+        """Add up over workers what the step needs of them; one small message a micro-step."""
+        scalars = torch.stack((score.loss, score.router_z_loss)).detach().double()
+        signals = scalars.new_tensor([float(self.hooks.should_stop()), float(self.engine.take_dispatch_bytes())])
+        per_expert = torch.stack((score.tokens_per_expert.double(), score.router_probabilities.detach().double()))
+        total = self.engine.sum_over_workers(torch.cat((scalars, signals, per_expert.flatten()))).cpu()
+        loss, router_z, num_asked, dispatch_bytes = total[:4].tolist()
+        tokens_per_expert, probabilities = total[4:].view(per_expert.shape)
+        num_workers = self.engine.world_size
+        balance = float(load_balance_loss(probabilities / num_workers, tokens_per_expert))
+        losses = (loss / num_workers, balance, router_z / num_workers)
+        return StepResult(losses, tokens_per_expert, num_asked > 0, dispatch_bytes)
 
     def _advance(self, state: TrainingState, step_s: float, is_timed: bool) -> TrainingState:
         num_tokens = self.config.tokens_per_step
@@ -196,7 +222,7 @@ class TrainingLoop:
         return evaluation
 
     def _append_lines(
-        self, state: TrainingState, result: _StepResult, step_s: float, evaluation: Evaluation | None
+        self, state: TrainingState, result: StepResult, step_s: float, evaluation: Evaluation | None
     ) -> None:
         config = self.config
         tokens_per_s = config.tokens_per_step / max(step_s, 1e-9)
@@ -210,6 +236,8 @@ class TrainingLoop:
                 ),
                 tokens_per_s=tokens_per_s,
                 tokens_per_expert=result.tokens_per_expert,
+                gradient_norm=result.gradient_norm,
+                dispatch_bytes=result.dispatch_bytes,
                 elapsed_s=state.train_s,
             )
         )
@@ -226,3 +254,16 @@ class TrainingLoop:
         """Write a checkpoint, unless a finite loss had gradients that were not."""
         check_finite_parameters(state.step, self.engine.model)
         self.hooks.save(state)
+
+
+def _join(parts: Sequence[StepResult]) -> StepResult:
+    """Join the micro-steps of a step."""
+    loss, balance, router_z = (
+        sum(values) / len(parts) for values in zip(*(part.losses for part in parts), strict=True)
+    )
+    return StepResult(
+        (loss, balance, router_z),
+        torch.stack([part.tokens_per_expert for part in parts]).sum(dim=0),
+        any(part.is_stop_requested for part in parts),
+        sum(part.dispatch_bytes for part in parts),
+    )

@@ -1,7 +1,7 @@
 """The metrics of a run: ``metrics.jsonl``, one JSON object a line, and the same numbers for TensorBoard.
 
 A training line has ``step, tokens, loss, load_balance_loss, router_z_loss,
-learning_rate, tokens_per_s, expert_load_cv, elapsed_s``; an evaluation line has
+learning_rate, tokens_per_s, expert_load_cv, gradient_norm, dispatch_bytes, elapsed_s``; an evaluation line has
 ``step, tokens, validation_loss, validation_ppl, elapsed_s``. Steps count from 1, and
 ``elapsed_s`` goes on where the resumed checkpoint left it.
 """
@@ -94,6 +94,8 @@ def training_line(
     learning_rate: float,
     tokens_per_s: float,
     tokens_per_expert: torch.Tensor,
+    gradient_norm: float,
+    dispatch_bytes: float,
     elapsed_s: float,
 ) -> dict[str, float]:
     """Make the line of a training step; ``losses`` are cross entropy, load balance and z, unweighted."""
@@ -106,6 +108,8 @@ def training_line(
         "learning_rate": learning_rate,
         "tokens_per_s": round(tokens_per_s, 1),
         "expert_load_cv": load_coefficient_of_variation(tokens_per_expert),
+        "gradient_norm": gradient_norm,
+        "dispatch_bytes": dispatch_bytes,
         "elapsed_s": round(elapsed_s, 3),
     }
 

@@ -1,8 +1,8 @@
-"""AdamW over two groups of parameters, and its state by parameter name.
+"""AdamW over three groups of parameters, and its state by parameter name.
 
 Weight decay applies to the matrices that BitNet makes ternary: attention
-projections and experts. Norms, routers, the embedding and the head have none. The
-twin has the same groups, so that precision stays the only difference.
+projections and experts. Norms, routers, the embedding and the head have none. Routers are a group of their own, since
+their learning rate may warm up later. The twin has the same groups, so that precision stays the only difference.
 """
 
 from collections.abc import Mapping
@@ -22,21 +22,36 @@ _STATE_FIELDS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Divide a model's parameters into those with weight decay and those without.
+    """Divide a model's trainable parameters into those with weight decay, those without, and routers.
 
     Returns:
-        two groups for a torch optimizer; ``is_decayed`` tells them apart.
+        groups for a torch optimizer, none of them empty; ``is_decayed`` and ``is_router`` tell them apart.
     """
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    groups: list[dict[str, Any]] = [
+        {"params": [], "is_decayed": True, "is_router": False},
+        {"params": [], "is_decayed": False, "is_router": False},
+        {"params": [], "is_decayed": False, "is_router": True},
+    ]
     for name, parameter in model.named_parameters():
-        (decayed if is_decayed(name) else others).append(parameter)
-    return [{"params": decayed, "is_decayed": True}, {"params": others, "is_decayed": False}]
+        if parameter.requires_grad:
+            groups[0 if is_decayed(name) else 2 if is_router(name) else 1]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Leave the routed experts, their norms and the routers alone trainable."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_router(name) or ".moe.experts." in name)
 
 
 def is_decayed(parameter_name: str) -> bool:
     """Return whether a parameter has weight decay."""
     return parameter_name.endswith(_DECAYED_SUFFIXES)
+
+
+def is_router(parameter_name: str) -> bool:
+    """Return whether a parameter is that of a router."""
+    return ".moe.router." in parameter_name
 
 
 def build_optimizer(model: nn.Module, adam_beta1: float, adam_beta2: float) -> AdamW:
@@ -47,10 +62,10 @@ def build_optimizer(model: nn.Module, adam_beta1: float, adam_beta2: float) -> A
     return AdamW(parameter_groups(model), lr=0.0, betas=(adam_beta1, adam_beta2), weight_decay=0.0, foreach=True)
 
 
-def set_step_size(optimizer: Optimizer, learning_rate: float, weight_decay: float) -> None:
-    """Set what the next step of the optimizer uses."""
+def set_step_size(optimizer: Optimizer, learning_rate: float, weight_decay: float, router_warmup: float = 1.0) -> None:
+    """Set what the next step of the optimizer uses; the routers' learning rate is multiplied by ``router_warmup``."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * router_warmup if group["is_router"] else learning_rate
         group["weight_decay"] = weight_decay if group["is_decayed"] else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Learning rate and weight decay by step: two pure functions.
+"""Learning rate and weight decay by step: pure functions.
 
 ::
 
@@ -37,6 +37,16 @@ def learning_rate_at(step: int, num_steps: int, warmup_steps: int, peak_learning
         return peak_learning_rate * (step + 1) / warmup_steps
     remaining = (num_steps - step) / (num_steps - warmup_steps)
     return peak_learning_rate * remaining * (1.0 if _is_first_half(step, num_steps) else SECOND_STAGE_RATIO)
+
+
+def router_warmup_at(step: int, router_warmup_steps: int) -> float:
+    """Return what the routers' learning rate is multiplied by, beside the schedule: it rises to 1 in a line.
+
+    Args:
+        step: counted from 0.
+        router_warmup_steps: 1 is reached in the last of them; 0 for no warm-up.
+    """
+    return min(1.0, (step + 1) / router_warmup_steps) if router_warmup_steps else 1.0
 
 
 def weight_decay_at(step: int, num_steps: int, weight_decay: float) -> float:

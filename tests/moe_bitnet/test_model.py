@@ -53,22 +53,23 @@ def test_shapes_and_dtypes_of_the_output(shape):
     output = tiny_model()(random_token_ids(*shape))
     assert output.logits.shape == (*shape, 33)
     assert output.logits.dtype == torch.float32
-    assert output.load_balance_loss.shape == output.router_z_loss.shape == ()
+    assert output.router_z_loss.shape == ()
+    assert output.router_probabilities.shape == (2, 5)
     assert output.tokens_per_expert.shape == (2, 5)
     assert output.tokens_per_expert.sum(-1).tolist() == [2 * shape[0] * shape[1]] * 2
     assert bool(output.logits.isfinite().all())
 
 
 @torch.no_grad()
-def test_losses_are_means_over_layers():
+def test_statistics_are_those_of_the_layers():
     model, token_ids = tiny_model(), random_token_ids(2, 7)
     statistics = []
     for block in model.blocks:
         block.moe.register_forward_hook(lambda _, __, result: statistics.append(result[1]))
     output = model(token_ids)
-    for name in ("load_balance_loss", "router_z_loss"):
-        mean = sum(float(getattr(s, name)) for s in statistics) / 2
-        assert float(getattr(output, name)) == pytest.approx(mean, rel=1e-6)
+    mean = sum(float(s.router_z_loss) for s in statistics) / 2
+    assert float(output.router_z_loss) == pytest.approx(mean, rel=1e-6)
+    assert torch.equal(output.router_probabilities, torch.stack([s.router_probabilities for s in statistics]))
     assert torch.equal(output.tokens_per_expert, torch.stack([s.tokens_per_expert for s in statistics]))
 
 
@@ -109,7 +110,7 @@ def test_a_twin_has_the_same_names_and_shapes():
 def test_gradients_reach_every_parameter(precision, changes):
     model = tiny_model(precision=precision, **changes)
     output = model(random_token_ids(3, 33))
-    loss = output.logits.square().mean() + output.load_balance_loss + output.router_z_loss
+    loss = output.logits.square().mean() + output.router_probabilities[:, 0].sum() + output.router_z_loss
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -268,7 +269,7 @@ def test_autocast_keeps_stream_and_losses_in_float32(precision):
     model, token_ids = tiny_model(precision=precision), random_token_ids(2, 7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(token_ids)
-    assert output.logits.dtype == output.load_balance_loss.dtype == output.router_z_loss.dtype == torch.float32
+    assert output.logits.dtype == output.router_probabilities.dtype == output.router_z_loss.dtype == torch.float32
     output.logits.square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.dtype == torch.float32, name

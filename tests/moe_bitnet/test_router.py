@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from moe_bitnet.router import Router, Routing, count_tokens_per_expert, load_balance_loss, router_z_loss
+from moe_bitnet.router import (
+    Router,
+    Routing,
+    count_tokens_per_expert,
+    load_balance_loss,
+    mean_router_probabilities,
+    router_z_loss,
+)
 
 
 def make_router(hidden_size=7, num_experts=5, top_k=2):
@@ -65,25 +72,32 @@ def test_visits_are_counted():
     assert count_tokens_per_expert(indices[:0], 3).tolist() == [0, 0, 0]
 
 
+def balance(*routings):
+    """Return the loss of a batch that consists of parts, each on a worker of its own."""
+    num_experts = routings[0].router_logits.shape[-1]
+    visits = sum(count_tokens_per_expert(routing.expert_indices, num_experts) for routing in routings)
+    return sum(load_balance_loss(mean_router_probabilities(part), visits) for part in routings) / len(routings)
+
+
 @pytest.mark.parametrize("num_experts", [1, 5, 7])
 def test_load_balance_loss_is_one_for_a_uniform_router(num_experts):
     uniform = routing_from(torch.zeros(33, num_experts))
-    assert float(load_balance_loss(uniform)) == pytest.approx(1, abs=1e-6)
+    assert float(balance(uniform)) == pytest.approx(1, abs=1e-6)
     each_its_own = routing_from(torch.eye(num_experts).repeat(3, 1) * 100)
-    assert float(load_balance_loss(each_its_own)) == pytest.approx(1, abs=1e-6)
+    assert float(balance(each_its_own)) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("num_experts", [1, 5, 7])
 def test_load_balance_loss_is_the_number_of_experts_if_one_takes_all(num_experts):
     logits = torch.zeros(33, num_experts)
     logits[:, -1] = 100
-    assert float(load_balance_loss(routing_from(logits))) == pytest.approx(num_experts, rel=1e-6)
+    assert float(balance(routing_from(logits))) == pytest.approx(num_experts, rel=1e-6)
 
 
 def test_load_balance_loss_equals_its_formula_and_has_a_gradient_through_probabilities_alone():
     logits = torch.randn(33, 5, requires_grad=True)
     routing = routing_from(logits, top_k=2)
-    loss = load_balance_loss(routing)
+    loss = balance(routing)
     share = torch.stack([(routing.expert_indices == e).double().sum() / 66 for e in range(5)])
     twin = logits.detach().double().requires_grad_()
     expected = 5 * (share * twin.softmax(-1).mean(0)).sum()
@@ -91,6 +105,22 @@ def test_load_balance_loss_equals_its_formula_and_has_a_gradient_through_probabi
     loss.backward()
     expected.backward()
     assert (logits.grad - twin.grad).abs().max() <= 1e-6 * twin.grad.abs().max()
+
+
+@pytest.mark.parametrize("num_parts", [2, 3])
+def test_load_balance_loss_and_its_gradient_are_those_of_the_whole_batch(num_parts):
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    whole = balance(routing_from(logits, top_k=2))
+    parts = balance(*(routing_from(part, top_k=2) for part in logits.chunk(num_parts)))
+    assert float(parts.detach()) == pytest.approx(float(whole.detach()), rel=1e-12)
+    of_whole, of_parts = (torch.autograd.grad(loss, logits)[0] for loss in (whole, parts))
+    torch.testing.assert_close(of_parts, of_whole, rtol=1e-12, atol=1e-15)
+
+
+def test_load_balance_loss_of_several_layers_is_their_mean():
+    probabilities, visits = torch.randn(3, 5).softmax(-1), torch.randint(1, 9, (3, 5))
+    each = [float(load_balance_loss(*layer)) for layer in zip(probabilities, visits, strict=True)]
+    assert float(load_balance_loss(probabilities, visits)) == pytest.approx(sum(each) / 3, rel=1e-6)
 
 
 def test_z_loss_equals_its_formula():

@@ -37,8 +37,8 @@ def train_steps(engine, steps, rank=0, world_size=1):
         generator = torch.Generator().manual_seed(step)
         tokens = torch.randint(engine.model.config.vocab_size, (BATCH_SIZE, SEQ_LEN + 1), generator=generator)
         tokens = tokens.chunk(world_size)[rank]
-        terms = objective(engine.forward(tokens[:, :-1]), tokens[:, 1:])
-        engine.backward(terms.total)
+        score = objective.score(engine.forward(tokens[:, :-1]), tokens[:, 1:])
+        engine.backward(objective.total(score, score.tokens_per_expert))
         set_step_size(engine.optimizer, 1e-2, 0.1)
         engine.step()
 

@@ -56,4 +56,5 @@ def test_before_the_first_step_moments_are_zero(engine):
     moments = [
         fragment.values for fragment in engine.fragments() if fragment.name.endswith((".exp_avg", ".exp_avg_sq"))
     ]
-    assert moments and not any(values.any() for values in moments)
+    assert len(moments) == 2 * len(list(engine.model.parameters()))
+    assert not any(values.any() for values in moments)

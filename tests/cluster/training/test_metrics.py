@@ -25,6 +25,8 @@ def a_line(step):
         learning_rate=0.1,
         tokens_per_s=1000.0,
         tokens_per_expert=torch.tensor([[8, 8], [16, 0]]),
+        gradient_norm=0.5,
+        dispatch_bytes=0.0,
         elapsed_s=step / 2,
     )
 
@@ -39,6 +41,8 @@ def test_lines_have_the_promised_keys():
         "learning_rate",
         "tokens_per_s",
         "expert_load_cv",
+        "gradient_norm",
+        "dispatch_bytes",
         "elapsed_s",
     }
     evaluation = evaluation_line(step=1, tokens=64, loss=0.0, elapsed_s=1.0)

@@ -1,6 +1,6 @@
 import pytest
 
-from cluster.training.schedule import learning_rate_at, weight_decay_at
+from cluster.training.schedule import learning_rate_at, router_warmup_at, weight_decay_at
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,8 @@ def test_short_runs_without_warmup_start_at_the_peak(num_steps):
 def test_weight_decay_ends_half_way():
     assert [weight_decay_at(step, 4, 0.1) for step in range(4)] == [0.1, 0.1, 0.0, 0.0]
     assert [weight_decay_at(step, 5, 0.1) for step in range(5)] == [0.1, 0.1, 0.1, 0.0, 0.0]
+
+
+def test_routers_warm_up_in_a_line_and_stay_there():
+    assert [router_warmup_at(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert router_warmup_at(0, 0) == 1

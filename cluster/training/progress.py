@@ -30,7 +30,7 @@ class MetricsFollower:
         self._path = path
         self._on_line = on_line
         self._inode, self._offset = -1, 0
-        self._seen = set(self._read_lines())
+        self._seen = {hash(line) for line in self._read_lines()}  # hashes: a long run has many lines
         self._is_done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="metrics-follower", daemon=True)
 
@@ -54,8 +54,8 @@ class MetricsFollower:
 
     def _tell_new(self) -> None:
         for line in self._read_lines():
-            if line not in self._seen:
-                self._seen.add(line)
+            if hash(line) not in self._seen:
+                self._seen.add(hash(line))
                 self._on_line(json.loads(line))
 
     def _read_lines(self) -> list[str]:

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from cluster.training.metrics import (
     drop_lines_after,
     evaluation_line,
     load_coefficient_of_variation,
+    recent_losses,
+    scalars,
     training_line,
 )
 
@@ -41,6 +44,9 @@ def test_lines_have_the_promised_keys():
         "learning_rate",
         "tokens_per_s",
         "expert_load_cv",
+        "expert_load_min",
+        "expert_load_max",
+        "num_idle_experts",
         "gradient_norm",
         "dispatch_bytes",
         "elapsed_s",
@@ -48,6 +54,34 @@ def test_lines_have_the_promised_keys():
     evaluation = evaluation_line(step=1, tokens=64, loss=0.0, elapsed_s=1.0)
     assert evaluation == {"step": 1, "tokens": 64, "validation_loss": 0.0, "validation_ppl": 1.0, "elapsed_s": 1.0}
     json.dumps(evaluation_line(step=1, tokens=64, loss=1e6, elapsed_s=1.0), allow_nan=False)
+
+
+def test_loads_are_multiples_of_the_even_share_and_idle_experts_are_counted():
+    line = a_line(1)
+    assert (line["expert_load_min"], line["expert_load_max"]) == ([1.0, 0.0], [1.0, 2.0])
+    assert line["num_idle_experts"] == 1
+
+
+def test_tensorboard_gets_one_number_a_layer():
+    found = dict(scalars(a_line(1)))
+    assert found["train/ppl"] == pytest.approx(math.exp(3.0))
+    assert found["train/expert_load_max/layer_1"] == 2.0
+    assert "train/step" not in found
+    assert all(isinstance(value, (int, float)) for value in found.values())
+    line = evaluation_line(step=1, tokens=64, loss=1.0, elapsed_s=1.0, expert_load=[[0.5, 0.5], [1.0, 0.0]])
+    found = dict(scalars(line))
+    assert found["validation/expert_load_cv/layer_0"] == 0
+    assert found["validation/expert_load_cv/layer_1"] == 1
+    assert found["validation/ppl"] == pytest.approx(math.e)
+
+
+def test_recent_losses_end_at_the_step_that_is_resumed(tmp_path):
+    assert recent_losses(tmp_path / METRICS_NAME, 3, 2) == []
+    with MetricsLog(tmp_path, 0) as log:
+        for step in (1, 2, 3, 4):
+            log.append({**a_line(step), "loss": float(step)})
+            log.append(evaluation_line(step=step, tokens=64, loss=9.0, elapsed_s=1.0))
+    assert recent_losses(tmp_path / METRICS_NAME, 3, 2) == [2.0, 3.0]
 
 
 def test_load_variation_is_zero_when_even_and_one_when_half_idle():

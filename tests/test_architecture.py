@@ -27,7 +27,12 @@ FILES_THAT_IMPORT_RAY = {
     "cluster/ray_metrics.py",
     "cluster/runtime.py",
     "cluster/shelf.py",
+    "cluster/training/ray_elastic.py",
+    "cluster/training/ray_failures.py",
+    "cluster/training/ray_gauges.py",
+    "cluster/training/ray_sweep.py",
     "cluster/training/ray_trainer.py",
+    "cluster/training/ray_worker.py",
 }
 
 # `import ray`, `from ray.train import ...`, at any depth of indentation

@@ -26,6 +26,7 @@ from moe_bitnet.cli import (
     place_run,
     report,
     train,
+    train_settings,
 )
 from moe_bitnet.cli.console import console, say
 from moe_bitnet.cli.local_generation import Request
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             with clock.step(f"train {precision}"):
                 train.train_run(
                     preset.model_config(tokenizer.vocab_size, precision),
-                    train.preset_train_config(run_folder, preset, precision, is_compiled=not args.no_compile),
+                    train_settings.preset_train_config(run_folder, preset, precision, is_compiled=not args.no_compile),
                     cluster_config,
                 )
         with clock.step("pack"):

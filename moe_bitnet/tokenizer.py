@@ -111,6 +111,10 @@ class Tokenizer:
             raise DataError(f"This tokenizer is {kind}, only byte-level BPE without a normalizer is taken. {advice}")
         if inner.token_to_id(END_OF_TEXT) is None:
             raise DataError(f"This tokenizer has no token {END_OF_TEXT}, which closes a document. {advice}")
+        if missing := set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) - inner.get_vocab().keys():
+            logger.warning(
+                "this tokenizer has no token of %d bytes; where they occur in a text, they vanish", len(missing)
+            )
         return cls(inner)
 
     def to_json(self) -> str:
@@ -188,7 +192,15 @@ def _checked(text: str) -> str:
 def _kind(data: Any) -> tuple[str | None, ...]:
     """Name the stages of a tokenizer's JSON: model, pre-tokenizer, decoder, normalizer."""
     stages = (data[stage] for stage in ("model", "pre_tokenizer", "decoder", "normalizer"))
-    return tuple(None if stage is None else str(stage["type"]) for stage in stages)
+    return tuple(None if stage is None else _stage_kind(stage) for stage in stages)
+
+
+def _stage_kind(stage: Any) -> str:
+    """Name a stage; a sequence that only splits text before its last part, and drops nothing, is that part."""
+    parts = stage.get("pretokenizers") if stage["type"] == "Sequence" else None
+    if parts and all(part["type"] == "Digits" or part.get("behavior") == "Isolated" for part in parts[:-1]):
+        return str(parts[-1]["type"])
+    return str(stage["type"])
 
 
 def _reason(error: Exception) -> str:

@@ -143,6 +143,29 @@ def test_a_truncated_or_altered_tokenizer_is_refused(tokenizer, tmp_path):
         Tokenizer.from_json(json.dumps(data))
 
 
+def test_a_tokenizer_that_splits_text_first_is_exact_too(tokenizer):
+    data = json.loads(tokenizer.to_json())
+    split = {"type": "Split", "pattern": {"Regex": "x+"}, "behavior": "Isolated", "invert": False}
+    first = {"type": "Digits", "individual_digits": True}
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, first, data["pre_tokenizer"]]}
+    other = Tokenizer.from_json(json.dumps(data))
+    text = "def x10(): return 12345  # naïve xx"
+    assert other.decode(other.encode(text)) == text
+    assert other.encode(text) != tokenizer.encode(text)
+    split["behavior"] = "Removed"
+    with pytest.raises(DataError, match="Sequence"):
+        Tokenizer.from_json(json.dumps(data))
+
+
+def test_a_tokenizer_without_some_bytes_is_taken_with_a_warning(tokenizer, caplog):
+    data = json.loads(tokenizer.to_json())
+    Tokenizer.from_json(json.dumps(data))
+    assert not caplog.records
+    del data["model"]["vocab"]["\u0100"]  # stands for the byte 0
+    assert Tokenizer.from_json(json.dumps(data)).decode(tokenizer.encode("a")) == "a"
+    assert "no token of 1 bytes" in caplog.text
+
+
 def test_another_kind_of_tokenizer_is_refused(tokenizer):
     data = json.loads(tokenizer.to_json())
     with pytest.raises(DataError, match="Lowercase"):

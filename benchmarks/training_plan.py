@@ -7,11 +7,13 @@ smaller sizes, by probes a fifth as long at the largest; only then are its other
     middle: sweep ──► other seed, and the rates to try at large
     large: probes ──► one run
 
+A sweep goes on until its best rate lies between two others (or is the best of the next smaller size).
+
 :func:`plan` is a pure function of what is finished, so that an interrupted table goes on where it was.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from moe_bitnet.config import ModelConfig, Precision
@@ -94,7 +96,7 @@ def plan(losses: Losses, num_steps: int) -> list[Cell]:
         losses: of what is finished.
         num_steps: of a whole run.
     """
-    cells = [*small_sweep(num_steps)]
+    cells = small_sweep(losses, num_steps)
     precisions: tuple[Precision, ...] = (*COMPARED, "binary")
     best = {precision: best_rate(losses, "small", precision, num_steps) for precision in precisions}
     cells += [
@@ -127,43 +129,28 @@ def plan(losses: Losses, num_steps: int) -> list[Cell]:
     return list(dict.fromkeys(cells))
 
 
-def small_sweep(num_steps: int) -> list[Cell]:
+def small_sweep(losses: Losses, num_steps: int) -> list[Cell]:
     """Return the cells of the sweep at the smallest size."""
-    return [
-        Cell("code", "small", precision, rate, 0, num_steps)
-        for precision, rates in _FIRST_RATES.items()
-        for rate in rates
-    ]
+    cells: list[Cell] = []
+    for precision, rates in _FIRST_RATES.items():
+        cells += _widen([Cell("code", "small", precision, rate, 0, num_steps) for rate in rates], losses)
+    return cells
 
 
 def middle_sweep(losses: Losses, num_steps: int) -> list[Cell]:
-    """Return the cells of the sweep at the middle size: the best rate of the smallest, and half of it."""
-    return [
-        Cell("code", "middle", precision, factor * rate, 0, num_steps)
-        for precision in COMPARED
-        if (rate := best_rate(losses, "small", precision, num_steps))
-        for factor in (1.0, 0.5)
-    ]
+    """Return the cells of the sweep at the middle size: from the best rate of the smallest down."""
+    return _sweep_down(losses, "small", "middle", num_steps, num_steps)
 
 
 def large_probes(losses: Losses, num_steps: int) -> list[Cell]:
-    """Return the short cells of the largest size: the best rate of the middle one, and half of it."""
-    return [
-        Cell("code", "large", precision, factor * rate, 0, num_steps // _PROBE_SHARE)
-        for precision in COMPARED
-        if (rate := best_rate(losses, "middle", precision, num_steps))
-        for factor in (1.0, 0.5)
-    ]
+    """Return the short cells of the largest size: from the best rate of the middle one down."""
+    return _sweep_down(losses, "middle", "large", num_steps, num_steps // _PROBE_SHARE)
 
 
 def sweep_of(losses: Losses, size: str, precision: Precision, num_steps: int) -> list[Cell]:
     """Return the cells that decide the learning rate of a size and precision; empty if they are not known yet."""
-    cells = {
-        "small": lambda: small_sweep(num_steps),
-        "middle": lambda: middle_sweep(losses, num_steps),
-        "large": lambda: large_probes(losses, num_steps),
-    }[size]()
-    return [cell for cell in cells if cell.precision == precision]
+    sweep = {"small": small_sweep, "middle": middle_sweep, "large": large_probes}[size]
+    return [cell for cell in sweep(losses, num_steps) if cell.precision == precision]
 
 
 def best_rate(losses: Losses, size: str, precision: Precision, num_steps: int) -> float | None:
@@ -172,3 +159,31 @@ def best_rate(losses: Losses, size: str, precision: Precision, num_steps: int) -
     if not cells or any(cell not in losses for cell in cells):
         return None
     return min(cells, key=lambda cell: losses[cell]).peak_learning_rate
+
+
+def _sweep_down(losses: Losses, smaller: str, size: str, num_steps: int, sweep_steps: int) -> list[Cell]:
+    cells: list[Cell] = []
+    for precision in COMPARED:
+        if rate := best_rate(losses, smaller, precision, num_steps):
+            pair = [Cell("code", size, precision, factor * rate, 0, sweep_steps) for factor in (0.5, 1.0)]
+            cells += _widen(pair, losses)
+    return cells
+
+
+def _widen(cells: list[Cell], losses: Losses) -> list[Cell]:
+    """Add lower rates while the lowest is the best, and higher ones while the highest is: a sweep ends between.
+
+    Args:
+        cells: that differ in the rate alone, the lowest first.
+        losses: of what is finished.
+    """
+    while all(cell in losses for cell in cells):
+        best = min(cells, key=lambda cell: losses[cell])
+        if best == cells[0]:
+            cells = [replace(best, peak_learning_rate=best.peak_learning_rate / 2), *cells]
+        elif best == cells[-1] and best.size == "small":
+            # a larger model wants no more than a smaller one: there the highest rate is where the sweep begins
+            cells = [*cells, replace(best, peak_learning_rate=best.peak_learning_rate * 2)]
+        else:
+            return cells
+    return cells

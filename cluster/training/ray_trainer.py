@@ -27,6 +27,7 @@ from cluster.training.metrics import METRICS_NAME
 from cluster.training.progress import MetricsFollower, OnProgress
 from cluster.training.ray_elastic import ElasticTrainer, allowed_worker_counts
 from cluster.training.ray_failures import StopAtOurErrors, translate
+from cluster.training.ray_gauges import TrainingGauges
 from cluster.training.ray_worker import train_worker
 from cluster.training.run import check_run
 from cluster.training.stopping import request_stop, withdraw_stop
@@ -91,8 +92,14 @@ def train(
         stack.callback(shutil.rmtree, config.out_folder / _RAY_FOLDER, ignore_errors=True)
         stack.enter_context(_environment(_DRIVER_ENVIRONMENT))
         stack.enter_context(connect(cluster_config))
-        if on_progress is not None:
-            stack.enter_context(MetricsFollower(config.out_folder / METRICS_NAME, on_progress))
+        gauges = TrainingGauges(config.out_folder.name)
+
+        def tell(line: dict[str, Any]) -> None:
+            gauges.tell(line)
+            if on_progress is not None:
+                on_progress(line)
+
+        stack.enter_context(MetricsFollower(config.out_folder / METRICS_NAME, tell))
         return _wait_for(_build_trainer(model_config, config), config)
 
 

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from cluster.training.batches import Batch
+from cluster.training.checkpoint_writer import CheckpointWriter
 from cluster.training.config import TrainConfig
 from cluster.training.divergence import LossWatch, check_finite, check_finite_parameters
 from cluster.training.engine import Engine
 from cluster.training.evaluation import Evaluation, evaluate
+from cluster.training.fragments import MOMENTS
 from cluster.training.metrics import Line, evaluation_line, training_line
 from cluster.training.objective import Objective, Score
 from cluster.training.optimizer import set_step_size
@@ -39,19 +41,16 @@ class LoopHooks:
         train_batch: step (from 0) → this worker's inputs and targets.
         validation_batches: makes the batches of an evaluation, the same on all workers.
         append_line: takes a line of metrics; called on worker 0 alone.
-        save: writes a checkpoint; called on worker 0 alone.
+        checkpoints: writes them; on all workers.
         should_stop: asked after each step.
-        discard: deletes the checkpoint after that many steps, if there is one, which the next loss proved bad;
-            called on worker 0 alone.
         recent_losses: of the steps before the first, oldest first; what a resumed run judges spikes by.
     """
 
     train_batch: Callable[[int], Batch]
     validation_batches: Callable[[], Iterable[Batch]]
     append_line: Callable[[Line], None]
-    save: Callable[[TrainingState], object]
+    checkpoints: CheckpointWriter
     should_stop: Callable[[], bool]
-    discard: Callable[[int], object] = lambda step: None
     recent_losses: Sequence[float] = ()
 
 
@@ -76,6 +75,7 @@ class StepResult:
         losses: cross entropy, load balance and z, unweighted; means over workers and micro-steps.
         tokens_per_expert: float64 ``[num_layers, E]``, visits of all workers.
         is_stop_requested: one of them was asked to stop.
+        is_save_due: worker 0 wants a checkpoint after this step.
         dispatch_bytes: what all of them sent to each other's experts and back, since the step before was scored: the
             forward passes of this step, and the last backward pass of the one before.
         gradient_norm: of the whole gradient before clipping; 0 before the update.
@@ -84,6 +84,7 @@ class StepResult:
     losses: tuple[float, float, float]
     tokens_per_expert: Tensor
     is_stop_requested: bool
+    is_save_due: bool
     dispatch_bytes: float
     gradient_norm: float = 0.0
 
@@ -108,16 +109,18 @@ class TrainingLoop:
         self.peak_learning_rate = peak_learning_rate
         self.hooks = hooks
         self._watch = LossWatch(config.max_loss_rise, hooks.recent_losses)
+        self._saved_at = 0.0
 
     def run(self, state: TrainingState) -> LoopResult:
         """Train from ``state`` on.
 
         Raises:
-            TrainingError: the loss jumped, or it or a parameter is not finite; no checkpoint is written after that.
+            TrainingError: the loss jumped, or it or a parameter is not finite; no checkpoint is begun after that.
+            CheckpointError: a worker could not write its part of a checkpoint.
         """
         evaluation: Evaluation | None = None
         first_step, is_main = state.step, self.engine.rank == 0
-        saved_at = lap = time.monotonic()
+        self._saved_at = lap = time.monotonic()
         while state.step < self.config.num_steps:
             result, step_s = self._timed_step(state.step)
             state = self._advance(state, step_s, is_timed=state.step > first_step)
@@ -127,12 +130,16 @@ class TrainingLoop:
             evaluation = self._evaluate(state.step) if is_due and not is_stopping else None
             now = time.monotonic()
             state, lap = replace(state, train_s=state.train_s + now - lap), now
+            if evaluation is not None:
+                state = replace(state, validation_loss=evaluation.loss)
             if is_main:
                 self._append_lines(state, result, step_s, evaluation)
-                is_save_due = now - saved_at >= self.config.checkpoint_every_s and self._watch.is_calm
-                if is_last or is_stopping or is_save_due:
-                    self._save(state)
-                    saved_at = time.monotonic()
+            if is_last or is_stopping:
+                self.hooks.checkpoints.finish()
+                self._save(state)
+                self.hooks.checkpoints.finish()
+            elif result.is_save_due and self._watch.is_calm:
+                self._save(state)
             if is_stopping:
                 logger.info(
                     "stopped at step %d/%d as asked; a checkpoint was written", state.step, self.config.num_steps
@@ -154,8 +161,10 @@ class TrainingLoop:
         parts = []
         for part_inputs, part_targets in zip(inputs.chunk(num_parts), targets.chunk(num_parts), strict=True):
             score = self.objective.score(engine.forward(part_inputs), part_targets)
-            part = self._gather(score)
+            part, (num_written, num_failed) = self._gather(score)
             self._check_losses(step, part.losses)
+            # only now: a checkpoint under way is completed when the loss after it is known to be sound
+            self.hooks.checkpoints.observe(num_written, num_failed)
             engine.backward(self.objective.total(score, part.tokens_per_expert.to(engine.device)))
             parts.append(part)
         set_step_size(
@@ -178,8 +187,7 @@ class TrainingLoop:
         try:
             self._watch.check(step + 1, losses[0])
         except TrainingError:
-            if self.engine.rank == 0:
-                self.hooks.discard(step)
+            self.hooks.checkpoints.discard(step)
             raise
 
     def _timed_step(self, step: int) -> tuple[StepResult, float]:
@@ -189,18 +197,26 @@ class TrainingLoop:
             torch.cuda.synchronize(self.engine.device)
         return result, time.monotonic() - start
 
-    def _gather(self, score: Score) -> StepResult:
-        """Add up over workers what the step needs of them; one small message a micro-step."""
+    def _gather(self, score: Score) -> tuple[StepResult, tuple[float, float]]:
+        """Add up over workers what the step and the checkpoints need of them; one small message a micro-step."""
         scalars = torch.stack((score.loss, score.router_z_loss)).detach().double()
-        signals = scalars.new_tensor([float(self.hooks.should_stop()), float(self.engine.take_dispatch_bytes())])
+        is_stopping, dispatch_bytes = self.hooks.should_stop(), self.engine.take_dispatch_bytes()
+        num_written, num_failed = self.hooks.checkpoints.signals()
+        signals = scalars.new_tensor([is_stopping, dispatch_bytes, num_written, num_failed, self._wants_checkpoint()])
         per_expert = torch.stack((score.tokens_per_expert.double(), score.router_probabilities.detach().double()))
         total = self.engine.sum_over_workers(torch.cat((scalars, signals, per_expert.flatten()))).cpu()
-        loss, router_z, num_asked, dispatch_bytes = total[:4].tolist()
-        tokens_per_expert, probabilities = total[4:].view(per_expert.shape)
+        loss, router_z, num_asked, dispatch_bytes, num_written, num_failed, is_save_due = total[:7].tolist()
+        tokens_per_expert, probabilities = total[7:].view(per_expert.shape)
         num_workers = self.engine.world_size
         balance = float(load_balance_loss(probabilities / num_workers, tokens_per_expert))
         losses = (loss / num_workers, balance, router_z / num_workers)
-        return StepResult(losses, tokens_per_expert, num_asked > 0, dispatch_bytes)
+        result = StepResult(losses, tokens_per_expert, num_asked > 0, is_save_due > 0, dispatch_bytes)
+        return result, (num_written, num_failed)
+
+    def _wants_checkpoint(self) -> bool:
+        """Decide on worker 0 alone, whose clock counts, and who knows last that the checkpoint before is complete."""
+        is_late = time.monotonic() - self._saved_at >= self.config.checkpoint_every_s
+        return self.engine.rank == 0 and is_late and self.hooks.checkpoints.is_idle
 
     def _advance(self, state: TrainingState, step_s: float, is_timed: bool) -> TrainingState:
         num_tokens = self.config.tokens_per_step
@@ -251,9 +267,25 @@ class TrainingLoop:
             logger.info("step %d/%d  validation loss %.3f", state.step, config.num_steps, evaluation.loss)
 
     def _save(self, state: TrainingState) -> None:
-        """Write a checkpoint, unless a finite loss had gradients that were not."""
-        check_finite_parameters(state.step, self.engine.model)
-        self.hooks.save(state)
+        """Begin a checkpoint, unless a finite loss had gradients that were not."""
+        fragments = self.engine.fragments()
+        name = next((each.name for each in fragments if not bool(torch.isfinite(each.values).all())), None)
+        num_bad = self.engine.sum_over_workers(
+            torch.tensor([float(name is not None)], dtype=torch.float64, device=self.engine.device)
+        )
+        if num_bad.item():
+            raise TrainingError(
+                f"step {state.step}: {_describe(name)} is not finite. The last checkpoint is kept. Train in another "
+                f"out_folder with a lower peak_learning_rate or a longer warm-up."
+            )
+        self.hooks.checkpoints.begin(state, fragments)
+        self._saved_at = time.monotonic()
+
+
+def _describe(fragment_name: str | None) -> str:
+    if fragment_name is None:
+        return "a tensor of another worker"
+    return f"{'optimizer state' if fragment_name.endswith(MOMENTS) else 'parameter'} {fragment_name}"
 
 
 def _join(parts: Sequence[StepResult]) -> StepResult:
@@ -265,5 +297,6 @@ def _join(parts: Sequence[StepResult]) -> StepResult:
         (loss, balance, router_z),
         torch.stack([part.tokens_per_expert for part in parts]).sum(dim=0),
         any(part.is_stop_requested for part in parts),
+        any(part.is_save_due for part in parts),
         sum(part.dispatch_bytes for part in parts),
     )

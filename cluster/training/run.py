@@ -3,33 +3,39 @@
 No Ray and no DeepSpeed here: the engine is handed in, so that tests run the
 whole path in one process::
 
-    shards ──► model, optimizer (or the latest checkpoint's) ──► engine ──► TrainingLoop ──► <out>/model, summary.json
+    shards ──► model ──► engine, filled from the newest checkpoint ──► TrainingLoop ──► <out>/model, summary.json
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
+from cluster.training.agreement import first_answers, tell_all
 from cluster.training.batches import Batch, TokenBatches, count_windows, validation_batches
-from cluster.training.checkpointing import check_resumable, latest_checkpoint, read_checkpoint, write_checkpoint
+from cluster.training.checkpoint_folder import checkpoint_folders, checkpoint_path
+from cluster.training.checkpoint_writer import CheckpointWriter
+from cluster.training.checkpointing import check_resumable, latest_checkpoint, list_differences, read_checkpoint
 from cluster.training.compilation import compile_blocks
 from cluster.training.config import TrainConfig
+from cluster.training.divergence import NUM_WATCHED_LOSSES
 from cluster.training.engine import Engine, TorchEngine
 from cluster.training.loop import LoopHooks, TrainingLoop
-from cluster.training.metrics import Line, MetricsLog
+from cluster.training.metrics import METRICS_NAME, Line, MetricsLog, read_losses
 from cluster.training.objective import Objective
 from cluster.training.shards import data_fingerprint, load_tokens, read_summary
 from cluster.training.state import TrainingState
 from cluster.training.stopping import StopSignals, is_stop_requested
 from cluster.training.summary import summarize, write_results
 from cluster.training.token_array import Tokens
+from moe_bitnet.checkpoint.native import load_model, read_info
 from moe_bitnet.config import ModelConfig
-from moe_bitnet.errors import ConfigError
+from moe_bitnet.errors import ConfigError, TrainingError
 from moe_bitnet.model import MoETransformer
 
 logger = logging.getLogger(__name__)
@@ -66,31 +72,39 @@ def run_training(
     check_run(model_config, config)
     train_tokens, validation_tokens = (load_tokens(config.data_folder, split) for split in ("train", "validation"))
     fingerprint = data_fingerprint(train_tokens, validation_tokens)
-    model, restore_optimizer, state = _start_or_resume(model_config, config, fingerprint)
-    model.to(device)
+    model = _initial_model(model_config, config).to(device)
     is_compiled = config.is_compiled and compile_blocks(model, config.compute_dtype)
     engine = build_engine(model, is_compiled)
-    optimizer = engine.optimizer
-    restore_optimizer(model, optimizer)
+    state = _resume(engine, model_config, config, fingerprint)
     batches = TokenBatches(train_tokens, config.batch_size // world_size, config.seq_len, config.seed, rank, world_size)
     peak_learning_rate = config.peak_for(model_config.precision)
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
+        recent_losses = _recent_losses(engine, config, state.step)
         metrics = stack.enter_context(MetricsLog(config.out_folder, state.step)) if rank == 0 else None
+        checkpoints = CheckpointWriter(engine, model_config, config, fingerprint)
         hooks = LoopHooks(
             train_batch=batches.at,
             validation_batches=partial(evaluation_batches, validation_tokens, config, world_size),
             append_line=metrics.append if metrics is not None else _ignore_line,
-            save=lambda at: write_checkpoint(config.out_folder, model, optimizer, at, config, fingerprint),
+            checkpoints=checkpoints,
             should_stop=lambda: signals.is_requested or is_stop_requested(config.out_folder),
+            recent_losses=recent_losses,
         )
         objective = Objective(config.load_balance_weight, config.router_z_weight, is_compiled)
-        result = TrainingLoop(engine, objective, config, peak_learning_rate, hooks).run(state)
+        try:
+            result = TrainingLoop(engine, objective, config, peak_learning_rate, hooks).run(state)
+        except TrainingError:
+            checkpoints.finish()  # all workers raise it in the same step; a checkpoint from before is still good
+            raise
     if result.evaluation is None:
         return None
+    trained = engine.full_model()
+    if trained is None:
+        return {}
     bytes_per_token = read_summary(config.data_folder).bytes_per_token
-    summary = summarize(model, result.state, result.evaluation, peak_learning_rate, bytes_per_token, is_compiled)
-    return write_results(config.out_folder, model, summary, config.data_folder) if rank == 0 else {}
+    summary = summarize(trained, result.state, result.evaluation, peak_learning_rate, bytes_per_token, is_compiled)
+    return write_results(config.out_folder, trained, summary, config.data_folder)
 
 
 def build_torch_engine(config: TrainConfig) -> EngineBuilder:
@@ -102,14 +116,22 @@ def check_run(model_config: ModelConfig, config: TrainConfig) -> None:
     """Check what can be checked before anything is started or loaded.
 
     Raises:
-        ConfigError: settings, model and data do not fit together.
+        ConfigError: settings, model, initial model and data do not fit together.
         DataError: there are no shards.
+        CheckpointError: the initial model is none.
     """
     if config.seq_len > model_config.max_seq_len:
         raise ConfigError(
             f"seq_len {config.seq_len} exceeds the model's max_seq_len {model_config.max_seq_len}. "
             f"Lower the one or raise the other."
         )
+    if config.expert_parallel > model_config.num_experts:
+        raise ConfigError(
+            f"expert_parallel {config.expert_parallel} leaves workers without an expert: the model's num_experts is "
+            f"{model_config.num_experts}. Give at most {model_config.num_experts}."
+        )
+    if config.initial_model is not None and not checkpoint_folders(config.out_folder):
+        _check_initial_model(config.initial_model, model_config)
     vocab_size = read_summary(config.data_folder).vocab_size
     if model_config.vocab_size != vocab_size:
         raise ConfigError(
@@ -130,21 +152,52 @@ def evaluation_batches(tokens: Tokens, config: TrainConfig, world_size: int) -> 
     return validation_batches(tokens, config.batch_size // world_size, config.seq_len, num_windows)
 
 
-def _start_or_resume(
-    model_config: ModelConfig, config: TrainConfig, fingerprint: str
-) -> tuple[MoETransformer, Callable[[MoETransformer, Optimizer], None], TrainingState]:
-    folder = latest_checkpoint(config.out_folder)
-    if folder is None:
-        torch.manual_seed(config.seed)  # the same weights on every worker
-        return MoETransformer(model_config), _keep_fresh, TrainingState()
+def _check_initial_model(folder: Path, model_config: ModelConfig) -> None:
+    info = read_info(folder)
+    if info.layout is not None:
+        raise ConfigError(
+            f"initial_model {folder} is packed ({info.layout}), and packed weights cannot be trained. Give the "
+            f"checkpoint that it was packed from."
+        )
+    differences = list_differences(info.config.to_dict(), model_config.to_dict())
+    if differences:
+        raise ConfigError(
+            f"initial_model {folder} is another model than the run's ({differences}). Give the run its config."
+        )
+
+
+def _initial_model(model_config: ModelConfig, config: TrainConfig) -> MoETransformer:
+    """Make the model that a run starts from, the same on every worker; a resumed run overwrites it."""
+    if config.initial_model is not None and not checkpoint_folders(config.out_folder):
+        return load_model(config.initial_model).float().train()
+    torch.manual_seed(config.seed)
+    return MoETransformer(model_config)
+
+
+def _resume(engine: Engine, model_config: ModelConfig, config: TrainConfig, fingerprint: str) -> TrainingState:
+    """Load the newest checkpoint, if there is one; worker 0 finds it, each worker reads what it keeps."""
+
+    def find_newest() -> int | None:
+        folder = latest_checkpoint(config.out_folder)
+        return None if folder is None else int(folder.name.removeprefix("step_"))
+
+    step = first_answers(engine, find_newest)
+    if step is None:
+        return TrainingState()
+    folder = checkpoint_path(config.out_folder, step)
     check_resumable(folder, model_config, config, fingerprint)
     point = read_checkpoint(folder)
+    engine.load(point.read, point.state.step)
     logger.info("resuming after step %d/%d from %s", point.state.step, config.num_steps, folder)
-    return point.model, point.restore_optimizer, point.state
+    return point.state
 
 
-def _keep_fresh(model: MoETransformer, optimizer: Optimizer) -> None:
-    """A run from the start has no optimizer state to restore."""
+def _recent_losses(engine: Engine, config: TrainConfig, step: int) -> list[float]:
+    """Return the losses of the steps before a resumed one, the same on every worker."""
+    path = config.out_folder / METRICS_NAME
+    losses = read_losses(path, step, NUM_WATCHED_LOSSES) if engine.rank == 0 else []
+    rest = [math.nan] * (NUM_WATCHED_LOSSES - len(losses))
+    return [loss for loss in tell_all(engine, [*losses, *rest]) if math.isfinite(loss)]
 
 
 def _ignore_line(line: Line) -> None:

@@ -17,6 +17,7 @@ class TrainingState:
         train_s: seconds spent in them, with compilation, evaluation and checkpoints, over all attempts.
         timed_tokens: tokens of the steps in ``timed_s``.
         timed_s: seconds of the steps alone, without the first of each attempt, which compiles.
+        validation_loss: of the last evaluation, nats a token; ``None`` before the first one.
     """
 
     step: int = 0
@@ -24,6 +25,7 @@ class TrainingState:
     train_s: float = 0.0
     timed_tokens: int = 0
     timed_s: float = 0.0
+    validation_loss: float | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -44,6 +46,8 @@ class TrainingState:
             raise CheckpointError(f"{source}: expected the fields {sorted(names)}. Start in another out_folder.")
         for field in dataclasses.fields(cls):
             value = values[field.name]
+            if value is None and field.default is None:
+                continue
             kinds = (int,) if field.type is int else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < float("inf"):
                 raise CheckpointError(f"{source}: {field.name} is {value!r}, not a number of 0 or more.")

@@ -5,7 +5,7 @@ It finds truncation and accidental change. It does not prove who wrote the files
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_bitnet.errors import CheckpointError
@@ -14,10 +14,11 @@ from moe_bitnet.files import read_json, recover_directory
 MANIFEST_NAME = "manifest.json"
 
 
-def write_manifest(folder: Path) -> None:
-    """List every file of ``folder`` in its ``manifest.json``."""
+def write_manifest(folder: Path, known_sums: Mapping[str, str] | None = None) -> None:
+    """List every file of ``folder`` in its ``manifest.json``; files whose SHA-256 is known are not read."""
+    known = known_sums or {}
     files = {
-        file.name: {"num_bytes": file.stat().st_size, "sha256": _sha256(file)}
+        file.name: {"num_bytes": file.stat().st_size, "sha256": known.get(file.name) or _sha256(file)}
         for file in sorted(folder.iterdir())
         if file.is_file() and file.name != MANIFEST_NAME
     }

@@ -74,15 +74,15 @@ def save_model(model: MoETransformer, folder: Path | str, float_dtype: torch.dty
 def write_model(model: MoETransformer, folder: Path, float_dtype: torch.dtype | None = None) -> None:
     """Write ``config.json`` and ``model.safetensors`` into an existing folder, without a manifest."""
     require_local_experts(model)
-    header = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "layout": model_layout(model),
-        "model": model.config.to_dict(),
-    }
+    header = config_header(model.config, model_layout(model))
     (folder / CONFIG_NAME).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
     tensors = {name: _stored(name, tensor, float_dtype) for name, tensor in model.state_dict().items()}
     safetensors.torch.save_file(tensors, str(folder / TENSORS_NAME))
+
+
+def config_header(config: ModelConfig, layout: Layout | None) -> dict[str, Any]:
+    """Return what ``config.json`` holds."""
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, "layout": layout, "model": config.to_dict()}
 
 
 def load_model(folder: Path | str) -> MoETransformer:
@@ -94,6 +94,11 @@ def load_model(folder: Path | str) -> MoETransformer:
         CheckpointError: missing, truncated, altered, or tensors that do not fit the config.
     """
     folder = Path(folder)
+    if (folder / "state.json").is_file() and not (folder / TENSORS_NAME).exists():
+        raise CheckpointError(
+            f"{folder}: is a checkpoint of a training run, with the optimizer's state, in parts. Run "
+            f"`moe-bitnet export {folder} OUT` and give OUT."
+        )
     verify_manifest(folder, required=(CONFIG_NAME, TENSORS_NAME))
     info = read_info(folder)
     with torch.device("meta"):

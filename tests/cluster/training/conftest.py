@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from cluster.training.checkpoint_writer import _Task
 from cluster.training.config import TrainConfig
 from cluster.training.document import Document
 from cluster.training.shards import build_shards, read_summary, train_tokenizer
@@ -65,3 +66,21 @@ def config(data_folder, tmp_path):
         compute_dtype="float32",
         is_compiled=False,
     )
+
+
+@pytest.fixture
+def immediate_writes(monkeypatch):
+    """Checkpoints are written at once instead of in the background, so that which ones there are is known."""
+
+    class Immediate(_Task):
+        is_running = False
+
+        def __init__(self, function):
+            self.error = None
+            self._function = function
+            self._run()
+
+        def join(self):
+            pass
+
+    monkeypatch.setattr("cluster.training.checkpoint_writer._Task", Immediate)

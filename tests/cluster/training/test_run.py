@@ -1,20 +1,25 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from functools import partial
 
 import pytest
 import torch
 
+from cluster.training.checkpoint_folder import write_part
 from cluster.training.checkpointing import latest_checkpoint
 from cluster.training.engine import TorchEngine
 from cluster.training.run import build_torch_engine, run_training
 from cluster.training.stopping import request_stop
-from moe_bitnet.checkpoint.native import load_model
+from moe_bitnet.checkpoint.native import load_model, save_model
+from moe_bitnet.checkpoint.pack import pack_model
 from moe_bitnet.errors import CheckpointError, ConfigError, DataError, TrainingError
+from moe_bitnet.model import MoETransformer
 
 CPU = torch.device("cpu")
 
@@ -122,7 +127,7 @@ def test_a_finished_run_gives_its_summary_again(model_config, config):
     assert lines_of(config) == lines
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step(model_config, config):
+def test_a_loss_that_is_not_finite_stops_with_its_step(model_config, config, immediate_writes):
     def poison(engine, output, step):
         if step == 4:
             output.logits.data.fill_(math.nan)
@@ -134,7 +139,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(model_config, config):
     assert run(model_config, config)["num_steps"] == 6
 
 
-def test_parameters_that_are_not_finite_are_never_saved(model_config, config):
+def test_parameters_that_are_not_finite_are_never_saved(model_config, config, immediate_writes):
     def poison(engine, output, step):
         if step == 3:  # the loss of this step is fine, its gradient is not
             engine.model.norm.weight.data[0] = math.inf
@@ -142,7 +147,103 @@ def test_parameters_that_are_not_finite_are_never_saved(model_config, config):
     config = config.replace(checkpoint_every_s=1e-9, eval_every_steps=100)
     with pytest.raises(TrainingError, match=r"step 3: .* is not finite"):
         run(model_config, config, disturbed(poison, config))
-    assert latest_checkpoint(config.out_folder).name == "step_000002"
+    # that of step 1 is completed in step 2, and one is under way at a time
+    assert latest_checkpoint(config.out_folder).name == "step_000001"
+
+
+def test_optimizer_state_that_is_not_finite_is_never_saved(model_config, config, immediate_writes):
+    def poison(engine, output, step):
+        if step == 3:
+            engine.optimizer.state[engine.model.norm.weight]["exp_avg"][0] = math.nan
+
+    config = config.replace(checkpoint_every_s=1e-9, eval_every_steps=100)
+    with pytest.raises(TrainingError, match=r"step 3: .* norm\.weight\S* is not finite"):
+        run(model_config, config, disturbed(poison, config))
+    assert latest_checkpoint(config.out_folder).name == "step_000001"
+
+
+def test_a_checkpoint_that_the_next_loss_proves_bad_goes(model_config, config, immediate_writes):
+    """The one after step 3 is under way when the loss of step 4 jumps: what came before stays."""
+
+    def poison(engine, output, step):
+        if step == 4:
+            output.logits.data.mul_(1e4)
+
+    config = config.replace(checkpoint_every_s=1e-9)
+    with pytest.raises(TrainingError, match="step 4: the loss rose"):
+        run(model_config, config, disturbed(poison, config))
+    folder = latest_checkpoint(config.out_folder)
+    assert folder.name == "step_000001"
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert run(model_config, config)["num_steps"] == 6
+
+
+def test_an_older_checkpoint_under_way_is_completed_when_the_loss_jumps(model_config, config, monkeypatch):
+    is_late = threading.Event()
+    monkeypatch.setattr(
+        "cluster.training.checkpoint_writer.write_part", lambda *part: is_late.wait(20) and write_part(*part)
+    )
+
+    def poison(engine, output, step):
+        if step == 4:
+            is_late.set()
+            output.logits.data.mul_(1e4)
+
+    config = config.replace(checkpoint_every_s=1e-9)
+    with pytest.raises(TrainingError, match="step 4: the loss rose"):
+        run(model_config, config, disturbed(poison, config))
+    assert latest_checkpoint(config.out_folder).name == "step_000001"
+
+
+def test_spikes_after_a_resume_are_judged_by_the_losses_before(model_config, config):
+    config = config.replace(num_steps=8, max_loss_rise=0.5, eval_every_steps=100)
+
+    def stop_in_sixth(engine, output, step):
+        if step == 6:
+            request_stop(config.out_folder)
+
+    def poison(engine, output, step):  # the first step after the resume
+        output.logits.data.mul_(1e4)
+
+    assert run(model_config, config, disturbed(stop_in_sixth, config)) is None
+    (config.out_folder / "stop-requested").unlink()
+    with pytest.raises(TrainingError, match="median of the last 6 steps"):
+        run(model_config, config, disturbed(poison, config))
+
+
+def test_a_run_starts_from_an_initial_model(model_config, config, tmp_path):
+    torch.manual_seed(7)
+    initial = MoETransformer(model_config)
+    save_model(initial, tmp_path / "initial")
+    seen = []
+
+    def look(engine, output, step):
+        if step == 1:
+            seen.append({name: tensor.clone() for name, tensor in engine.model.state_dict().items()})
+
+    config = config.replace(initial_model=tmp_path / "initial")
+    run(model_config, config, disturbed(look, config))
+    for name, tensor in initial.state_dict().items():
+        assert torch.equal(seen[0][name], tensor)
+    shutil.rmtree(tmp_path / "initial")
+    assert run(model_config, config)["num_steps"] == 6  # a resumed run does not need it
+
+
+def test_an_initial_model_that_does_not_fit_is_refused(model_config, config, tmp_path):
+    model = MoETransformer(model_config)
+    save_model(model, tmp_path / "initial")
+    save_model(pack_model(model, "2bit"), tmp_path / "packed")
+    with pytest.raises(ConfigError, match="top_k was 2, now 1"):
+        run(model_config.replace(top_k=1), config.replace(initial_model=tmp_path / "initial"))
+    with pytest.raises(ConfigError, match="packed weights cannot be trained"):
+        run(model_config, config.replace(initial_model=tmp_path / "packed"))
+    with pytest.raises(CheckpointError, match="nowhere"):
+        run(model_config, config.replace(initial_model=tmp_path / "nowhere"))
+
+
+def test_more_expert_parallel_workers_than_experts_are_refused(model_config, config):
+    with pytest.raises(ConfigError, match="Give at most 4"):
+        run(model_config, config.replace(num_workers=8, batch_size=8, expert_parallel=8, zero_stage=1))
 
 
 def test_what_does_not_fit_is_refused_before_training(model_config, config, tmp_path):

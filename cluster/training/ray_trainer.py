@@ -33,9 +33,11 @@ from cluster.training.run import check_run
 from cluster.training.stopping import request_stop, withdraw_stop
 from moe_bitnet.config import ModelConfig
 from moe_bitnet.errors import ClusterError, TrainingError
+from moe_bitnet.files import write_json_atomically
 
 logger = logging.getLogger(__name__)
 
+SETTINGS_NAME = "settings.json"
 _RAY_FOLDER = "ray"
 # What a worker may take to finish its step (the first one compiles) and to write a checkpoint.
 _STOP_TIMEOUT_S = 180.0
@@ -88,6 +90,8 @@ def train(
     )
     check_run(model_config, config)
     withdraw_stop(config.out_folder)
+    settings = {"model": model_config.to_dict(), "training": config.to_dict()}
+    write_json_atomically(config.out_folder / SETTINGS_NAME, settings)  # for people: what was this run?
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, config.out_folder / _RAY_FOLDER, ignore_errors=True)
         stack.enter_context(_environment(_DRIVER_ENVIRONMENT))

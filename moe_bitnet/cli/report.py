@@ -1,12 +1,16 @@
-"""``moe-bitnet report``: what the other steps left → a table, report.json and report.html."""
+"""``moe-bitnet report``: what the other steps left → a table, report.json and report.html.
+
+With the folder of one training run, finished or interrupted: its curves and report.html.
+"""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from moe_bitnet.cli.console import say
-from moe_bitnet.cli.reporting import print_report, write_report
+from moe_bitnet.cli.reporting import print_report, write_report, write_training_report
 from moe_bitnet.cli.run_folder import RunFolder
 from moe_bitnet.errors import DataError
 
@@ -14,11 +18,14 @@ HELP = "write the table, report.json and report.html from what the other steps l
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options: none but the run."""
+    """Declare the options."""
+    parser.add_argument("training", type=Path, nargs="?", metavar="OUT", help="folder of one training run")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Write the report; prints the table unless JSON was asked for."""
+    if args.training is not None:
+        return report_training(args.training)
     return report_run(RunFolder(args.run), is_quiet=args.json)
 
 
@@ -33,3 +40,10 @@ def report_run(run_folder: RunFolder, is_quiet: bool = False) -> dict[str, Any]:
         print_report(report, Console())
     say(f"report: {run_folder.path / 'report' / 'report.html'}")
     return report
+
+
+def report_training(out_folder: Path) -> dict[str, Any]:
+    """Write the report of one training run, finished or not; returns its headline numbers."""
+    numbers = write_training_report(out_folder)
+    say(f"report: {numbers['report']}")
+    return numbers

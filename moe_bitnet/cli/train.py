@@ -6,6 +6,7 @@ Run it again to go on after an interruption.
 
 import argparse
 import dataclasses
+import logging
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -15,10 +16,14 @@ from cluster.training.config import ComputeDtype, ExchangeDtype, TrainConfig
 from moe_bitnet.cli import arguments
 from moe_bitnet.cli.console import say
 from moe_bitnet.cli.presets import PRESETS
+from moe_bitnet.cli.reporting import write_training_report
 from moe_bitnet.cli.train_file import render_train_file
 from moe_bitnet.cli.train_settings import TrainSettings, settings_of
 from moe_bitnet.cli.train_view import ProgressMode, training_view
 from moe_bitnet.config import ModelConfig, Precision
+from moe_bitnet.errors import MoEBitNetError
+
+logger = logging.getLogger(__name__)
 
 HELP = "train a model: ternary, binary, int4 experts, or the float twin; run again to go on after an interruption"
 
@@ -89,8 +94,22 @@ def train_run(
     title = f"train {model_config.precision}"
     if mode in ("auto", "lines"):
         say(f"{title} in {train_config.out_folder}; the first step waits for Ray and the compiler")
-    with training_view(title, train_config, mode) as on_line:
-        return train(model_config, train_config, cluster_config, on_progress=on_line)
+    try:
+        with training_view(title, train_config, mode) as on_line:
+            return train(model_config, train_config, cluster_config, on_progress=on_line)
+    finally:
+        _leave_report(train_config.out_folder, is_quiet=mode in ("json", "off"))
+
+
+def _leave_report(out_folder: Path, is_quiet: bool) -> None:
+    """Write what there is to report; a run that failed before its first step has nothing, and its error says why."""
+    try:
+        numbers = write_training_report(out_folder)
+    except (MoEBitNetError, OSError) as error:
+        logger.info("no report of %s: %s", out_folder, error)
+    else:
+        if not is_quiet:
+            say(f"report: {numbers['report']}")
 
 
 def _write_config(settings: TrainSettings, is_quiet: bool) -> dict[str, Any]:

@@ -7,8 +7,11 @@ outlives the call (``rc_context`` restores the settings it changes).
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,31 +40,49 @@ _PNG_SIZE = (16.0, 9.0)
 _PNG_DPI = 100
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """Something to draw on axes, with a name for its ids and a title."""
+
+    name: str
+    title: str
+    draw: Callable[[Axes, Palette], None]
+
+
 def panel_svg(panel: Panel, results: Results, description: str) -> str:
-    """Render one panel as an ``<svg>`` element for an HTML page.
+    """Render one panel as an ``<svg>`` element; see :func:`drawing_svg`."""
+    drawing = Drawing(panel.name, panel.title, lambda axes, palette: panel.draw(axes, results, palette))
+    return drawing_svg(drawing, _SVG_HEIGHTS[panel.name], description)
+
+
+def drawing_svg(drawing: Drawing, height: int, description: str) -> str:
+    """Render a drawing as an ``<svg>`` element for an HTML page.
 
     Colours are CSS variables (``--ink``, ``--muted``, ``--grid``, ``--surface``, ``--twin``,
-    ``--ternary``, ``--ternary-light``), text is text, ids start with the panel's name, and no
+    ``--ternary``, ``--ternary-light``), text is text, ids start with the drawing's name, and no
     address of any kind is left in it.
 
     Args:
-        panel: an available panel.
-        results: what it draws.
+        drawing: what to draw.
+        height: in points; the width is 480.
         description: read aloud in place of the picture; plain text.
     """
     with _settings(font_size=13.0):
-        height = _SVG_HEIGHTS[panel.name]
         figure = Figure(figsize=(_SVG_WIDTH / 72, height / 72), layout="constrained")
-        panel.draw(figure.add_subplot(), results, _THEMED)
+        drawing.draw(figure.add_subplot(), _THEMED)
         buffer = io.StringIO()
         no_metadata: dict[str, Any] = {"Creator": None, "Date": None, "Format": None, "Type": None}
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-    return _to_inline_svg(buffer.getvalue(), panel.name, description)
+    return _to_inline_svg(buffer.getvalue(), drawing.name, description)
 
 
 def save_plot_png(results: Results, path: Path) -> None:
     """Write one picture of all six panels, 1600 × 900 pixels on white, whole or not at all."""
-    png = overview_png(results)
+    save_png(overview_png(results), path)
+
+
+def save_png(png: bytes, path: Path) -> None:
+    """Write a picture, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new-{os.getpid()}")
     try:
@@ -73,25 +94,36 @@ def save_plot_png(results: Results, path: Path) -> None:
 
 def overview_png(results: Results) -> bytes:
     """Render all six panels as one PNG; a panel whose step was not run says so."""
+    drawings = [
+        Drawing(panel.name, panel.title, partial(_draw_panel, panel=panel, results=results)) for panel in PANELS
+    ]
+    return drawings_png("A ternary mixture of experts beside its float twin", drawings)
+
+
+def drawings_png(title: str, drawings: Sequence[Drawing]) -> bytes:
+    """Render drawings as one PNG of 1600 × 900 pixels, three in a row."""
     with _settings(font_size=12.5):
         layout = ConstrainedLayoutEngine(w_pad=0.28, h_pad=0.24, wspace=0.04, hspace=0.05)
         figure = Figure(figsize=_PNG_SIZE, facecolor=LIGHT.surface, layout=layout)
-        title = "A ternary mixture of experts beside its float twin"
         figure.suptitle(title, x=0.018, ha="left", color=LIGHT.ink, fontsize=19, fontweight="bold")
-        for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-            _draw_panel(axes, panel, results)
+        all_axes = figure.subplots(-(-len(drawings) // 3), 3, squeeze=False).flat
+        for axes, drawing in zip_longest(all_axes, drawings):
+            if drawing is None:
+                axes.set_axis_off()
+                continue
+            drawing.draw(axes, LIGHT)
+            axes.set_title(drawing.title, loc="left", color=LIGHT.ink, fontsize=14, fontweight="bold", pad=24)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=_PNG_DPI)
     return buffer.getvalue()
 
 
-def _draw_panel(axes: Axes, panel: Panel, results: Results) -> None:
+def _draw_panel(axes: Axes, palette: Palette, panel: Panel, results: Results) -> None:
     if panel.is_available(results):
-        panel.draw(axes, results, LIGHT)
+        panel.draw(axes, results, palette)
     else:
         axes.set_axis_off()
-        axes.text(0.5, 0.5, "not run", color=LIGHT.muted, ha="center", va="center", transform=axes.transAxes)
-    axes.set_title(panel.title, loc="left", color=LIGHT.ink, fontsize=14, fontweight="bold", pad=24)
+        axes.text(0.5, 0.5, "not run", color=palette.muted, ha="center", va="center", transform=axes.transAxes)
 
 
 @contextmanager

@@ -26,6 +26,12 @@ _PANELS = {panel.name: panel for panel in PANELS}
 
 def render_html(results: Results) -> str:
     """Return the page; a section whose step was not run names the command that produces it."""
+    body = element("body", _header(results), element("main", _headline(results), *_sections(results)), _footer(results))
+    return page(f"{_TITLE} · {results.name}", body)
+
+
+def page(title: str, body: Markup) -> str:
+    """Return a whole page, styled as all reports are."""
     style = files("moe_bitnet.cli.reporting").joinpath("report.css").read_text(encoding="utf-8")
     head = element(
         "head",
@@ -33,10 +39,9 @@ def render_html(results: Results) -> str:
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         element("meta", name="color-scheme", content="light dark"),
-        element("title", f"{_TITLE} · {results.name}"),
+        element("title", title),
         element("style", Markup(style)),
     )
-    body = element("body", _header(results), element("main", _headline(results), *_sections(results)), _footer(results))
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
 
 

@@ -27,7 +27,7 @@ _BAR_HEIGHT = 0.44
 _ROOM_FOR_TEXT = 1.42
 # Loads within 1 ± 0.5 use part of the colour range only, so that an even model does not look uneven.
 _MIN_LOAD_REACH = 0.5
-_LOAD_COLORS = LinearSegmentedColormap.from_list("load", ["#2b6ca8", "#f0eee8", "#d0561a"])
+LOAD_COLORS = LinearSegmentedColormap.from_list("load", ["#2b6ca8", "#f0eee8", "#d0561a"])
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ def draw_loss(axes: Axes, results: Results, palette: Palette) -> None:
     for section, name, color, style in models:
         if section is None:
             continue
-        losses = _mean_over_neighbours([(point.step, point.loss) for point in section.points])
+        losses = mean_over_neighbours([(point.step, point.loss) for point in section.points])
         validation = [(point.step, point.validation_loss) for point in section.evaluations]
-        axes.plot(*_columns(losses), color=color, linewidth=1.1, alpha=0.45)
+        axes.plot(*columns(losses), color=color, linewidth=1.1, alpha=0.45)
         axes.plot(
-            *_columns(validation), color=color, linewidth=2.0, linestyle=style, marker="o", markersize=3.6, label=name
+            *columns(validation), color=color, linewidth=2.0, linestyle=style, marker="o", markersize=3.6, label=name
         )
         finite = [loss for _, loss in validation or losses if math.isfinite(loss)]
         highest += [max(finite)] if finite else []
@@ -83,11 +83,11 @@ def draw_loss(axes: Axes, results: Results, palette: Palette) -> None:
     if highest:
         room = max(max(highest) - min(lowest), 1e-3)
         axes.set_ylim(min(lowest) - 0.05 * room, max(highest) + 0.08 * room)
-    _style_axes(axes, palette)
+    style_axes(axes, palette)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     axes.set_xlabel("training step", color=palette.muted, fontsize="small")
-    _note(axes, "loss (nats/token): line with dots validation, faint line training, smoothed", palette)
+    note_above(axes, "loss (nats/token): line with dots validation, faint line training, smoothed", palette)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, labelcolor=palette.ink, loc="upper right")
 
@@ -164,7 +164,7 @@ def draw_expert_load(axes: Axes, results: Results, palette: Palette) -> None:
     distance = np.abs(shares - 1.0)
     reach = max(_MIN_LOAD_REACH, float(np.nanmax(distance, initial=0.0, where=np.isfinite(distance))))
     mesh = axes.pcolormesh(
-        np.ma.masked_invalid(shares), cmap=_LOAD_COLORS, vmin=1.0 - reach, vmax=1.0 + reach,
+        np.ma.masked_invalid(shares), cmap=LOAD_COLORS, vmin=1.0 - reach, vmax=1.0 + reach,
         edgecolors=palette.surface, linewidth=1.5,
     )  # fmt: skip
     mesh.set_rasterized(shares.size > _MAX_VECTOR_CELLS)
@@ -175,15 +175,15 @@ def draw_expert_load(axes: Axes, results: Results, palette: Palette) -> None:
             place = (expert + 0.5, layer + 0.5)
             axes.text(*place, format_number(share, 2), color=color, ha="center", va="center", fontsize="small")
     axes.invert_yaxis()
-    _style_axes(axes, palette)
+    style_axes(axes, palette)
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.spines["bottom"].set_visible(False)
-    _label_cells(axes.xaxis, num_experts)
-    _label_cells(axes.yaxis, num_layers)
+    label_cells(axes.xaxis, num_experts)
+    label_cells(axes.yaxis, num_layers)
     axes.set_xlabel("expert", color=palette.muted, fontsize="small")
     axes.set_ylabel("layer", color=palette.muted, fontsize="small")
-    _note(axes, f"load as a multiple of the even share 1/{num_experts}; blue below, orange above", palette)
+    note_above(axes, f"load as a multiple of the even share 1/{num_experts}; blue below, orange above", palette)
 
 
 def load_section(results: Results) -> TrainingSection | None:
@@ -252,14 +252,15 @@ def _draw_bars(axes: Axes, bars: Sequence[_Bar], palette: Palette, min_rows: int
     axes.set_ylim(max(len(bars), min_rows) - 0.6, -0.8)
     axes.set_axis_off()
     if is_log:
-        _note(axes, "logarithmic axis", palette)
+        note_above(axes, "logarithmic axis", palette)
 
 
 def _bar_edges(row: int) -> list[float]:
     return [row - _BAR_HEIGHT / 2, row + _BAR_HEIGHT / 2]
 
 
-def _style_axes(axes: Axes, palette: Palette) -> None:
+def style_axes(axes: Axes, palette: Palette) -> None:
+    """Give axes the look of all drawings: a thin base line, faint horizontal lines."""
     axes.patch.set_alpha(0.0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -269,20 +270,22 @@ def _style_axes(axes: Axes, palette: Palette) -> None:
     axes.set_axisbelow(True)
 
 
-def _note(axes: Axes, text: str, palette: Palette) -> None:
+def note_above(axes: Axes, text: str, palette: Palette) -> None:
+    """Write a small note above axes."""
     axes.annotate(
         text, (0, 1), xycoords="axes fraction", xytext=(0, 8), textcoords="offset points", va="bottom",
         color=palette.muted, fontsize="small", parse_math=False,
     )  # fmt: skip
 
 
-def _label_cells(axis: object, num_cells: int) -> None:
+def label_cells(axis: object, num_cells: int) -> None:
+    """Number the cells of a grid along one axis, at most 16 of them."""
     step = max(1, math.ceil(num_cells / 16))
     cells = range(0, num_cells, step)
     axis.set_ticks([cell + 0.5 for cell in cells], labels=[str(cell) for cell in cells])  # type: ignore[attr-defined]
 
 
-def _mean_over_neighbours(pairs: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def mean_over_neighbours(pairs: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """Average each value with those before it, over a fiftieth of the run, so that batches' noise hides no trend."""
     width = max(1, len(pairs) // 50)
     values = [value for _, value in pairs]
@@ -293,7 +296,8 @@ def _mean_over_neighbours(pairs: Sequence[tuple[int, float]]) -> list[tuple[int,
     return smooth
 
 
-def _columns(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+def columns(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    """Split pairs into two lists; what is not finite leaves a gap in a line."""
     return [step for step, _ in pairs], [value if math.isfinite(value) else math.nan for _, value in pairs]
 
 

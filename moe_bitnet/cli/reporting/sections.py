@@ -3,6 +3,7 @@
 Sizes are bytes, times seconds, losses nats per token. Read by :mod:`record`.
 """
 
+import math
 from dataclasses import dataclass
 
 from cluster.training.shards import ShardSummary
@@ -11,7 +12,10 @@ from cluster.training.summary import TrainingSummary
 
 @dataclass(frozen=True)
 class TrainingPoint:
-    """One training line of ``metrics.jsonl``; ``tokens`` counts from the start."""
+    """One training line of ``metrics.jsonl``; ``tokens`` counts from the start.
+
+    Loads are multiples of the even share, one a layer; lines of older runs end after ``elapsed_s``.
+    """
 
     step: int
     tokens: int
@@ -22,17 +26,23 @@ class TrainingPoint:
     tokens_per_s: float
     expert_load_cv: float
     elapsed_s: float
+    gradient_norm: float = math.nan
+    dispatch_bytes: float = 0.0
+    expert_load_min: tuple[float, ...] = ()
+    expert_load_max: tuple[float, ...] = ()
+    num_idle_experts: int = 0
 
 
 @dataclass(frozen=True)
 class EvaluationPoint:
-    """One evaluation line of ``metrics.jsonl``."""
+    """One evaluation line of ``metrics.jsonl``; ``expert_load`` is each expert's share of its layer's visits."""
 
     step: int
     tokens: int
     validation_loss: float
     validation_ppl: float
     elapsed_s: float
+    expert_load: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,8 @@ def load_results(run_folder: Path) -> Results:
     return Results(
         name=run_folder.resolve().name,
         data=read_record(ShardSummary, run_folder / "data" / "summary.json"),
-        ternary=_load_training(run_folder / "ternary"),
-        twin=_load_training(run_folder / "float"),
+        ternary=load_training(run_folder / "ternary"),
+        twin=load_training(run_folder / "float"),
         pack=read_record(PackSection, run_folder / "pack.json"),
         place=read_record(PlaceSection, run_folder / "place.json"),
         generate=read_record(GenerateSection, run_folder / "generate.json"),
@@ -96,10 +96,17 @@ def to_report(results: Results) -> dict[str, Any]:
 def _to_dict(section: Any) -> dict[str, Any]:
     values = dataclasses.asdict(section)
     values.pop("points", None)
+    for evaluation in values.get("evaluations", ()):
+        del evaluation["expert_load"]  # the summary has that of the last one
     return values
 
 
-def _load_training(folder: Path) -> TrainingSection | None:
+def load_training(folder: Path) -> TrainingSection | None:
+    """Read what a training run left, finished or not; ``None`` if it left nothing.
+
+    Raises:
+        DataError: a file is malformed; the message names file and field.
+    """
     summary_path, history_path = folder / "summary.json", folder / "metrics.jsonl"
     summary = read_record(TrainingSummary, summary_path)
     if summary is not None and len({len(row) for row in summary.expert_load}) > 1:

@@ -262,7 +262,13 @@ class TrainingLoop:
         )
         if evaluation is not None:
             self.hooks.append_line(
-                evaluation_line(step=state.step, tokens=state.num_tokens, loss=evaluation.loss, elapsed_s=state.train_s)
+                evaluation_line(
+                    step=state.step,
+                    tokens=state.num_tokens,
+                    loss=evaluation.loss,
+                    expert_load=evaluation.expert_load,
+                    elapsed_s=state.train_s,
+                )
             )
             logger.info("step %d/%d  validation loss %.3f", state.step, config.num_steps, evaluation.loss)
 

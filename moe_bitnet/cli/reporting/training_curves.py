@@ -32,18 +32,18 @@ def training_drawings(section: TrainingSection) -> list[Drawing]:
         rates = [(point.step, point.learning_rate) for point in points]
         speeds = mean_over_neighbours([(point.step, point.tokens_per_s) for point in points])
         drawings += [
-            Drawing("rate", "Learning rate", partial(draw_line, rates, "peak learning rate of the step")),
+            Drawing("rate", "Learning rate", partial(draw_line, rates, "of projections and experts")),
             Drawing("speed", "Tokens a second", partial(draw_line, speeds, "over all workers, smoothed")),
         ]
     norms = [(point.step, point.gradient_norm) for point in points if math.isfinite(point.gradient_norm)]
     if norms:
-        note = "norm of the whole gradient before clipping, smoothed"
+        note = "norm before clipping, smoothed"
         drawings.append(Drawing("gradient", "Gradient", partial(draw_line, mean_over_neighbours(norms), note)))
     if any(point.expert_load_max for point in points):
         drawings.append(Drawing("busiest", "Busiest expert of each layer", partial(draw_loads, section)))
     traffic = [(point.step, point.dispatch_bytes / 1e6) for point in points]
     if any(megabytes > 0 for _, megabytes in traffic):
-        note = "MB a step between workers: rows to experts, sums and gradients back"
+        note = "MB a step between workers, both passes"
         drawings.append(Drawing("dispatch", "Dispatch", partial(draw_line, traffic, note)))
     return drawings
 
@@ -79,7 +79,7 @@ def draw_loads(section: TrainingSection, axes: Axes, palette: Palette) -> None:
     mesh = axes.pcolormesh(edges, np.arange(num_layers + 1), means, cmap=LOAD_COLORS, vmin=low, vmax=high)
     mesh.set_rasterized(True)
     axes.invert_yaxis()
-    note = f"multiple of the even share: pale 1, orange {high:g} and more; at the end {means[:, -1].max():.2f}"
+    note = f"times the even share: pale 1, orange {high:g} and more"
     _style_steps(axes, palette, note)
     axes.grid(visible=False)
     label_cells(axes.yaxis, num_layers)

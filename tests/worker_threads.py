@@ -2,8 +2,13 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import torch
+
+from cluster.training import run as training_run
+from cluster.training.engine import TorchEngine
+from cluster.training.fragments import whole_fragments
 
 
 class ThreadGroup:
@@ -45,3 +50,55 @@ class ThreadEngine:
 
     def sum_over_workers(self, values):
         return self.group.add_up(self.rank, values)
+
+
+class ThreadTrainer(TorchEngine):
+    """A worker that trains its share of each batch: plain data parallelism over the threads of a group."""
+
+    def __init__(self, group, rank, model, config, is_compiled):
+        super().__init__(model, config, is_compiled)
+        self.group, self.rank, self.world_size = group, rank, group.world_size
+
+    def step(self):
+        for parameter in self.model.parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.group.add_up(self.rank, gradient) / self.world_size
+        return super().step()
+
+    def sum_over_workers(self, values):
+        return self.group.add_up(self.rank, values)
+
+    def fragments(self):
+        return whole_fragments(self.model, self.optimizer, self.rank, self.world_size)
+
+    def full_model(self):
+        return self.model if self.rank == 0 else None
+
+
+def run_workers(model_config, config, on_forward=lambda engine: None):
+    """Run a training of ``config.num_workers`` threads; returns what each of them returned or raised."""
+
+    class Observed(ThreadTrainer):
+        def forward(self, token_ids):
+            on_forward(self)
+            return super().forward(token_ids)
+
+    group = ThreadGroup(config.num_workers)
+    lock, initial_model = threading.Lock(), training_run._initial_model
+
+    def draw_alone(*settings):  # the random state is the process's, not the thread's
+        with lock:
+            return initial_model(*settings)
+
+    def run(worker):
+        return training_run.run_training(
+            model_config,
+            config,
+            lambda model, is_compiled: Observed(group, worker.rank, model, config, is_compiled),
+            torch.device("cpu"),
+            worker.rank,
+            group.world_size,
+        )
+
+    with mock.patch.object(training_run, "_initial_model", draw_alone):
+        return group.run(run)

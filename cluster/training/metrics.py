@@ -100,15 +100,6 @@ def read_losses(path: Path, step: int, num_losses: int) -> list[float]:
     return [losses[at] for at in sorted(losses)][-num_losses:]
 
 
-def recent_losses(path: Path, step: int, count: int) -> list[float]:
-    """Return the training losses of the last ``count`` steps up to ``step``, oldest first, from a ``metrics.jsonl``."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line for line in lines if '"loss"' in line and (at := _step_of(line)) is not None and at <= step]
-    return [float(json.loads(line)["loss"]) for line in kept[-count:]]
-
-
 def scalars(line: Line) -> Iterator[tuple[str, float]]:
     """Yield the numbers of a line with their names on TensorBoard; of loads one a layer, of shares their variation."""
     kind = "validation" if "validation_loss" in line else "train"

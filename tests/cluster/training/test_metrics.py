@@ -10,7 +10,7 @@ from cluster.training.metrics import (
     drop_lines_after,
     evaluation_line,
     load_coefficient_of_variation,
-    recent_losses,
+    read_losses,
     scalars,
     training_line,
 )
@@ -75,13 +75,13 @@ def test_tensorboard_gets_one_number_a_layer():
     assert found["validation/ppl"] == pytest.approx(math.e)
 
 
-def test_recent_losses_end_at_the_step_that_is_resumed(tmp_path):
-    assert recent_losses(tmp_path / METRICS_NAME, 3, 2) == []
+def test_losses_end_at_the_step_that_is_resumed(tmp_path):
+    assert read_losses(tmp_path / METRICS_NAME, 3, 2) == []
     with MetricsLog(tmp_path, 0) as log:
         for step in (1, 2, 3, 4):
             log.append({**a_line(step), "loss": float(step)})
             log.append(evaluation_line(step=step, tokens=64, loss=9.0, elapsed_s=1.0))
-    assert recent_losses(tmp_path / METRICS_NAME, 3, 2) == [2.0, 3.0]
+    assert read_losses(tmp_path / METRICS_NAME, 3, 2) == [2.0, 3.0]
 
 
 def test_load_variation_is_zero_when_even_and_one_when_half_idle():

@@ -94,8 +94,7 @@ def check_resumable(folder: Path, model_config: ModelConfig, config: TrainConfig
         raise CheckpointError(
             f"{folder}: was trained on other data than {config.data_folder}. Give the same data, or another out_folder."
         )
-    saved = TrainConfig.from_dict(record["train_config"], source=str(folder / STATE_NAME))
-    differences = list_differences(saved.recipe(), config.recipe())
+    differences = list_differences(saved_config(folder).recipe(), config.recipe())
     if differences:
         raise ConfigError(
             f"{folder}: was trained with other settings ({differences}). Give the same ones, or another out_folder."
@@ -135,6 +134,16 @@ def read_model(folder: Path) -> MoETransformer:
     }
     model.load_state_dict(tensors, assign=True)
     return model.train()
+
+
+def saved_config(folder: Path) -> TrainConfig:
+    """Read the settings that a checkpoint was trained with.
+
+    Raises:
+        CheckpointError: they cannot be read.
+        ConfigError: they hold values that are not allowed.
+    """
+    return TrainConfig.from_dict(_read_record(folder)["train_config"], source=str(folder / STATE_NAME))
 
 
 def list_differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from types import ModuleType
 
 from rich.logging import RichHandler
 
-from moe_bitnet.cli import context, data, demo, generate, inspect, kv_eval, pack, place, report, train, upcycle
+from moe_bitnet.cli import context, data, demo, export, generate, inspect, kv_eval, pack, place, report, train, upcycle
 from moe_bitnet.cli.console import console, print_json, say
 from moe_bitnet.cli.run_folder import DEFAULT_RUN
 from moe_bitnet.errors import MoEBitNetError
@@ -22,6 +22,7 @@ COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "data": data,
     "train": train,
+    "export": export,
     "pack": pack,
     "place": place,
     "generate": generate,
@@ -34,7 +35,7 @@ COMMANDS: dict[str, ModuleType] = {
 # these print for a person by themselves
 _HAS_OWN_OUTPUT = ("context", "demo", "kv-eval", "place", "report")
 # these are told of a model, not of an experiment
-_WITHOUT_RUN_FOLDER = ("inspect", "kv-eval", "upcycle")
+_WITHOUT_RUN_FOLDER = ("export", "inspect", "kv-eval", "upcycle")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

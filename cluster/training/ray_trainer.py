@@ -51,7 +51,7 @@ _DRIVER_ENVIRONMENT = {
 _MAX_START_TIMEOUTS = 10
 # Freed tensors stay mapped: without these, glibc returns large ones to the kernel and each new one
 # faults its pages in again (log-softmax over the vocabulary: 58 ms instead of 4).
-_WORKER_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+WORKER_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
 def train(
@@ -111,7 +111,7 @@ def _build_trainer(model_config: ModelConfig, config: TrainConfig) -> Any:
     counts = allowed_worker_counts(config)
     has_gpus = _check_resources(counts[0])
     num_threads = config.threads_per_worker or _threads_per_worker(config.num_workers)
-    environment = {"OMP_NUM_THREADS": str(num_threads), **_WORKER_ALLOCATOR, **_DRIVER_ENVIRONMENT}
+    environment = {"OMP_NUM_THREADS": str(num_threads), **WORKER_ALLOCATOR, **_DRIVER_ENVIRONMENT}
     if not has_gpus:
         environment["DS_ACCELERATOR"] = "cpu"
     settings = {

@@ -13,7 +13,21 @@ from types import ModuleType
 
 from rich.logging import RichHandler
 
-from moe_bitnet.cli import context, data, demo, export, generate, inspect, kv_eval, pack, place, report, train, upcycle
+from moe_bitnet.cli import (
+    context,
+    data,
+    demo,
+    export,
+    generate,
+    inspect,
+    kv_eval,
+    pack,
+    place,
+    report,
+    sweep,
+    train,
+    upcycle,
+)
 from moe_bitnet.cli.console import console, print_json, say
 from moe_bitnet.cli.run_folder import DEFAULT_RUN
 from moe_bitnet.errors import MoEBitNetError
@@ -22,6 +36,7 @@ COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "data": data,
     "train": train,
+    "sweep": sweep,
     "export": export,
     "pack": pack,
     "place": place,
@@ -33,7 +48,7 @@ COMMANDS: dict[str, ModuleType] = {
     "upcycle": upcycle,
 }
 # these print for a person by themselves
-_HAS_OWN_OUTPUT = ("context", "demo", "kv-eval", "place", "report")
+_HAS_OWN_OUTPUT = ("context", "demo", "kv-eval", "place", "report", "sweep")
 # these are told of a model, not of an experiment
 _WITHOUT_RUN_FOLDER = ("export", "inspect", "kv-eval", "upcycle")
 

@@ -18,6 +18,7 @@ import json
 import re
 import textwrap
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,12 @@ class TrainFile:
     source: str = "settings"
 
 
-def read_tables(path: Path, allowed: dict[str, tuple[str, ...]]) -> dict[str, dict[str, Any]]:
+def read_tables(path: Path, allowed: Mapping[str, tuple[str, ...] | None]) -> dict[str, dict[str, Any]]:
     """Read a TOML file of tables.
 
     Args:
         path: the file.
-        allowed: the keys of each table that there may be.
+        allowed: the keys of each table that there may be; ``None`` for any keys.
     Returns:
         the tables; one that is not in the file is empty.
     Raises:
@@ -73,7 +74,8 @@ def read_tables(path: Path, allowed: dict[str, tuple[str, ...]]) -> dict[str, di
         table = values.setdefault(name, {})
         if not isinstance(table, dict):
             raise ConfigError(f"{path}: {name} is {table!r}; make it a table [{name}].")
-        _refuse_unknown(path, f"keys in [{name}]", table, keys, keys)
+        if keys is not None:
+            _refuse_unknown(path, f"keys in [{name}]", table, keys, keys)
     return values
 
 

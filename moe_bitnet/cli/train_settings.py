@@ -87,7 +87,7 @@ def settings_of(args: argparse.Namespace) -> TrainSettings:
     name = args.size or file.preset or (None if model and not args.config else DEFAULT_PRESET)
     preset = PRESETS[name] if name else None
     precision: Precision = args.precision or model.get("precision", "ternary")
-    base = _base(preset, precision, is_length_kept="num_steps" not in train)
+    base = preset_settings(preset, precision, is_length_kept="num_steps" not in train)
     train_config = TrainConfig.from_dict({**base, **train, **_folders(args, file, precision)}, source=file.source)
     if not args.config:
         model = {"max_seq_len": train_config.seq_len, **(preset.shape if preset else {}), **model}
@@ -98,11 +98,11 @@ def settings_of(args: argparse.Namespace) -> TrainSettings:
 def preset_train_config(run_folder: RunFolder, preset: Preset, precision: Precision, **changes: Any) -> TrainConfig:
     """Return a preset's settings for one precision, with ``changes``."""
     folders = {"data_folder": run_folder.data, "out_folder": run_folder.training(precision)}
-    return TrainConfig(**{**folders, **_base(preset, precision, is_length_kept=True), **changes})
+    return TrainConfig(**{**folders, **preset_settings(preset, precision, is_length_kept=True), **changes})
 
 
-def _base(preset: Preset | None, precision: Precision, is_length_kept: bool) -> dict[str, Any]:
-    """Return the settings that a preset gives; its warm-up only where its number of steps stays."""
+def preset_settings(preset: Preset | None, precision: Precision, is_length_kept: bool) -> dict[str, Any]:
+    """Return the fields of ``TrainConfig`` that a preset gives; its warm-up only where its number of steps stays."""
     if preset is None:
         return {}
     settings = {

@@ -101,12 +101,13 @@ def overview_png(results: Results) -> bytes:
 
 
 def drawings_png(title: str, drawings: Sequence[Drawing]) -> bytes:
-    """Render drawings as one PNG of 1600 × 900 pixels, three in a row."""
+    """Render drawings as one PNG of 1600 × 900 pixels, up to three in a row."""
     with _settings(font_size=12.5):
         layout = ConstrainedLayoutEngine(w_pad=0.28, h_pad=0.24, wspace=0.04, hspace=0.05)
         figure = Figure(figsize=_PNG_SIZE, facecolor=LIGHT.surface, layout=layout)
         figure.suptitle(title, x=0.018, ha="left", color=LIGHT.ink, fontsize=19, fontweight="bold")
-        all_axes = figure.subplots(-(-len(drawings) // 3), 3, squeeze=False).flat
+        num_columns = min(3, len(drawings))
+        all_axes = figure.subplots(-(-len(drawings) // num_columns), num_columns, squeeze=False).flat
         for axes, drawing in zip_longest(all_axes, drawings):
             if drawing is None:
                 axes.set_axis_off()

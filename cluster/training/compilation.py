@@ -34,7 +34,7 @@ def compile_obstacle(device_type: str, compute_dtype: ComputeDtype = "bfloat16")
     return None
 
 
-def compile_blocks(model: MoETransformer, compute_dtype: ComputeDtype) -> bool:
+def compile_blocks(model: MoETransformer, compute_dtype: ComputeDtype, zero_stage: int = 0) -> bool:
     """Compile each block in place, if that is possible here.
 
     All blocks share one graph, so that the first step compiles it once. The compiler runs in that step.
@@ -43,6 +43,8 @@ def compile_blocks(model: MoETransformer, compute_dtype: ComputeDtype) -> bool:
         whether the blocks will be compiled; if not, the reason is logged as a warning.
     """
     obstacle = compile_obstacle(model.embedding.weight.device.type, compute_dtype)
+    if zero_stage == 3:
+        obstacle = "ZeRO 3 fetches parameters between the operations of a block; use zero_stage 0, 1 or 2"
     if obstacle is not None:
         logger.warning("training runs without torch.compile, about half as fast: %s", obstacle)
         return False

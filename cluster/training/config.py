@@ -191,6 +191,12 @@ class TrainConfig:
                 f"{reason}. Give zero_stage 1 or 2, or expert_parallel 1."
             )
 
+        if self.has_frozen_backbone and self.zero_stage == 3:
+            raise ConfigError(
+                "TrainConfig: has_frozen_backbone does not work with zero_stage 3: DeepSpeed misses the backward pass "
+                "of layers whose inputs need no gradient. Give zero_stage 0, 1 or 2."
+            )
+
     def _check_counts(self) -> None:
         for name in (
             "num_steps",

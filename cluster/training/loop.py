@@ -38,7 +38,7 @@ class LoopHooks:
     """What the loop takes from and gives to the outside.
 
     Attributes:
-        train_batch: step (from 0) → this worker's inputs and targets.
+        train_batch: micro-step (from 0, ``gradient_accumulation_steps`` in a step) → this worker's inputs and targets.
         validation_batches: makes the batches of an evaluation, the same on all workers.
         append_line: takes a line of metrics; called on worker 0 alone.
         checkpoints: writes them; on all workers.
@@ -156,11 +156,12 @@ class TrainingLoop:
             TrainingError: the loss jumped, or it or the gradient is not finite; the parameters stay as they were.
         """
         config, engine = self.config, self.engine
-        inputs, targets = (torch.from_numpy(array).to(engine.device) for array in self.hooks.train_batch(step))
         num_parts = config.gradient_accumulation_steps
         parts = []
-        for part_inputs, part_targets in zip(inputs.chunk(num_parts), targets.chunk(num_parts), strict=True):
-            score = self.objective.score(engine.forward(part_inputs), part_targets)
+        for micro_step in range(step * num_parts, (step + 1) * num_parts):
+            batch = self.hooks.train_batch(micro_step)
+            inputs, targets = (torch.from_numpy(array).to(engine.device) for array in batch)
+            score = self.objective.score(engine.forward(inputs), targets)
             part, (num_written, num_failed) = self._gather(score)
             self._check_losses(step, part.losses)
             # only now: a checkpoint under way is completed when the loss after it is known to be sound
@@ -275,7 +276,7 @@ class TrainingLoop:
     def _save(self, state: TrainingState) -> None:
         """Begin a checkpoint, unless a finite loss had gradients that were not."""
         fragments = self.engine.fragments()
-        name = next((each.name for each in fragments if not bool(torch.isfinite(each.values).all())), None)
+        name = next((each.name for each in fragments if not _is_finite(each.values)), None)
         num_bad = self.engine.sum_over_workers(
             torch.tensor([float(name is not None)], dtype=torch.float64, device=self.engine.device)
         )
@@ -286,6 +287,11 @@ class TrainingLoop:
             )
         self.hooks.checkpoints.begin(state, fragments)
         self._saved_at = time.monotonic()
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Look at each element only where their sum, which takes a tenth of the time, is not finite."""
+    return math.isfinite(values.sum()) or bool(torch.isfinite(values).all())
 
 
 def _describe(fragment_name: str | None) -> str:

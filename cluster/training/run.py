@@ -25,6 +25,7 @@ from cluster.training.compilation import compile_blocks
 from cluster.training.config import TrainConfig
 from cluster.training.divergence import NUM_WATCHED_LOSSES
 from cluster.training.engine import Engine, TorchEngine
+from cluster.training.expert_parallel.division import check_expert_parallel
 from cluster.training.loop import LoopHooks, TrainingLoop
 from cluster.training.metrics import METRICS_NAME, Line, MetricsLog, read_losses
 from cluster.training.objective import Objective
@@ -73,10 +74,11 @@ def run_training(
     train_tokens, validation_tokens = (load_tokens(config.data_folder, split) for split in ("train", "validation"))
     fingerprint = data_fingerprint(train_tokens, validation_tokens)
     model = _initial_model(model_config, config).to(device)
-    is_compiled = config.is_compiled and compile_blocks(model, config.compute_dtype)
+    is_compiled = config.is_compiled and compile_blocks(model, config.compute_dtype, config.stage)
     engine = build_engine(model, is_compiled)
     state = _resume(engine, model_config, config, fingerprint)
-    batches = TokenBatches(train_tokens, config.batch_size // world_size, config.seq_len, config.seed, rank, world_size)
+    num_parts = world_size * config.gradient_accumulation_steps  # micro-steps follow each other as steps do
+    batches = TokenBatches(train_tokens, config.batch_size // num_parts, config.seq_len, config.seed, rank, world_size)
     peak_learning_rate = config.peak_for(model_config.precision)
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
@@ -132,6 +134,7 @@ def check_run(model_config: ModelConfig, config: TrainConfig) -> None:
         )
     if config.initial_model is not None and not checkpoint_folders(config.out_folder):
         _check_initial_model(config.initial_model, model_config)
+    check_expert_parallel(model_config, config)
     vocab_size = read_summary(config.data_folder).vocab_size
     if model_config.vocab_size != vocab_size:
         raise ConfigError(

@@ -27,7 +27,8 @@ from cluster.transport.frames import (
 )
 from cluster.transport.sockets import framing_bytes
 
-Direction = Literal["dispatch", "combine"]
+Direction = Literal["dispatch", "combine", "combine_gradient", "dispatch_gradient"]
+"""Rows to experts, their outputs home, and in training the gradients of both, the other way."""
 ByteKind = Literal["payload", "metadata", "header", "framing"]
 
 _ALL_KINDS: tuple[ByteKind, ...] = ("payload", "metadata", "header", "framing")

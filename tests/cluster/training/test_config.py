@@ -59,3 +59,8 @@ def test_wrong_files_are_named(text, tmp_path):
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"train\.json"):
         TrainConfig.from_json(path)
+
+
+def test_a_frozen_backbone_and_zero_3_exclude_each_other(config):
+    with pytest.raises(ConfigError, match="has_frozen_backbone does not work with zero_stage 3"):
+        config.replace(has_frozen_backbone=True, zero_stage=3)

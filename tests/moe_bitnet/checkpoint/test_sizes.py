@@ -16,6 +16,8 @@ SHAPES = [
     {"num_shared_experts": 1},
     {"num_shared_experts": 2, "has_tied_embeddings": False},
     {"norm_recipe": "inner_norm"},
+    {"num_shared_experts": 2, "shared_intermediate_size": 9},
+    {"num_shared_experts": 1, "shared_intermediate_size": 9, "has_float_backbone": True},
 ]
 
 

@@ -9,9 +9,10 @@
 Documents are packed: they follow each other, each closed by the end of text, and windows are cut without regard to
 where one ends. No position is padding, and a token may attend to the end of the document before.
 
-The windows of a step, over all workers, are a pure function of the tokens and of (seed, step, global batch size).
-A worker takes consecutive ones of them, and micro-steps take consecutive ones of these: so a run resumes at any step
-by that number alone, also with other workers or micro-steps.
+A batch is a pure function of the tokens and of (seed, step, rank, world_size, batch size). The workers of a step take
+consecutive windows, and steps follow each other; so do the micro-steps that a step may be divided into. A step
+therefore sees the same windows whatever the numbers of workers and micro-steps are, and a run resumes at any step by
+that number alone, also with others of them.
 """
 
 from collections.abc import Iterator

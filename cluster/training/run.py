@@ -36,7 +36,7 @@ from cluster.training.summary import summarize, write_results
 from cluster.training.token_array import Tokens
 from moe_bitnet.checkpoint.native import load_model, read_info
 from moe_bitnet.config import ModelConfig
-from moe_bitnet.errors import ConfigError, TrainingError
+from moe_bitnet.errors import ConfigError, MoEBitNetError, TrainingError
 from moe_bitnet.model import MoETransformer
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def run_training(
         try:
             result = TrainingLoop(engine, objective, config, peak_learning_rate, hooks).run(state)
         except TrainingError:
-            checkpoints.finish()  # all workers raise it in the same step; a checkpoint from before is still good
+            _complete_what_is_good(checkpoints)
             raise
     if result.evaluation is None:
         return None
@@ -153,6 +153,14 @@ def evaluation_batches(tokens: Tokens, config: TrainConfig, world_size: int) -> 
     if num_windows > config.batch_size:
         num_windows -= num_windows % config.batch_size
     return validation_batches(tokens, config.batch_size // world_size, config.seq_len, num_windows)
+
+
+def _complete_what_is_good(checkpoints: CheckpointWriter) -> None:
+    """Complete a checkpoint from before the step in which all workers stopped; that step's error counts more."""
+    try:
+        checkpoints.finish()
+    except (MoEBitNetError, RuntimeError) as error:  # the latter: another worker died
+        logger.warning("the checkpoint under way is lost: %s", error)
 
 
 def _check_initial_model(folder: Path, model_config: ModelConfig) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from rich.align import Align
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -87,7 +88,7 @@ def render_panel(title: str, progress: RunProgress) -> Panel:
         table.add_row(Text(name), Text(value))
     bar = ProgressBar(total=progress.num_steps, completed=progress.step, width=48)
     head = f"{title} · step {progress.step}/{progress.num_steps}"
-    return Panel(Group(bar, table), title=Text(head), title_align="left", expand=False, width=76)
+    return Panel(Group(Align.left(bar), table), title=Text(head), title_align="left", expand=False, width=76)
 
 
 def panel_rows(progress: RunProgress) -> list[tuple[str, str]]:

@@ -3,14 +3,10 @@ import json
 import psutil
 import pytest
 import ray
-import torch
-from ray.cluster_utils import Cluster
 
-from cluster.config import ClusterConfig
 from cluster.training import ray_worker
 from cluster.training.attempts import num_restarts, read_attempts
 from cluster.training.ray_trainer import train
-from cluster.training.run import build_torch_engine, run_training
 from moe_bitnet.errors import CheckpointError, ClusterError, TrainingError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]  # two workers that import DeepSpeed, and each restart imports it again
@@ -87,30 +83,3 @@ def test_an_error_of_ours_on_two_workers_starts_nothing_again(model_config, conf
     with pytest.raises(CheckpointError, match="another model"):
         train(model_config.replace(num_experts=8), config)
     assert len(read_attempts(config.out_folder)) == 2
-
-
-def test_a_killed_node_leaves_the_workers_that_divide_the_batch(model_config, config):
-    """Three nodes hold a worker each; of the two that stay, only a number that divides 3 sequences goes on: one."""
-    config = config.replace(
-        num_workers=3, min_workers=1, batch_size=3, num_steps=400, checkpoint_every_s=0.2, eval_every_steps=400
-    )
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        added = [nodes.add_node(num_cpus=1) for _ in range(2)]
-
-        def kill_a_node():
-            nodes.remove_node(added[1], allow_graceful=False)
-
-        summary = train(
-            model_config, config, ClusterConfig(address=nodes.address), on_progress=at_step(10, kill_a_node)
-        )
-    finally:
-        ray.shutdown()
-        nodes.shutdown()
-    assert summary["num_steps"] == 400
-    assert [attempt.num_workers for attempt in read_attempts(config.out_folder)] == [3, 1]
-    losses = losses_of(config)
-    alone = config.replace(num_workers=1, min_workers=None, out_folder=config.out_folder / "alone")
-    run_training(model_config, alone, build_torch_engine(alone), torch.device("cpu"))
-    assert losses[:20] == pytest.approx(losses_of(alone)[:20], abs=1e-4)
-    assert losses[-1] == pytest.approx(losses_of(alone)[-1], abs=0.1)

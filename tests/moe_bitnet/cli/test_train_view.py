@@ -60,6 +60,7 @@ def test_the_panel_shows_what_is_known(progress, tmp_path):
     for part in ("step 20/100", "3.800", "1.0k tok/s", "2 min 40 s left", "8.00e-03", "0.5", "1.9 MB a step"):
         assert part in text
     assert "0.00 – 3.00" in text
+    assert "━" not in next(line for line in text.splitlines() if "loss" in line), "the bar has a line of its own"
     assert "1 idle" in text
     progress.files._num_before = 0  # as if it had been started before the workers
     progress.take(evaluation_line(20))

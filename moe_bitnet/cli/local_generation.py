@@ -1,7 +1,7 @@
 """Text from one model in this process, timed: through the fused decoder where it can be, else with a cache.
 
-The fused decoder takes packed checkpoints and keeps keys and values in float16. Float checkpoints, and caches of
-8 and 4 bits, run module by module.
+The fused decoder takes packed checkpoints and keeps keys and values in float16. Float checkpoints, those with a float
+backbone, and caches of 8 and 4 bits, run module by module.
 """
 
 import os
@@ -101,12 +101,14 @@ def generate_alone(checkpoint: Path, request: Request, head: TableFormat | None 
         ConfigError: ``head`` is given where the fused decoder is not used.
         CheckpointError: the checkpoint is missing or damaged.
     """
-    is_packed = read_info(checkpoint).layout is not None
+    info = read_info(checkpoint)
+    is_packed = info.layout is not None and not info.config.has_float_backbone
     is_fused = is_packed and request.kv_bits == DECODER_KV_BITS
     if head is not None and not is_fused:
         raise ConfigError(
             f"--head {head} needs a packed checkpoint and --kv-bits {DECODER_KV_BITS}; {checkpoint} is "
-            f"{'packed' if is_packed else 'not packed'}, --kv-bits is {request.kv_bits}. Give both, or no --head."
+            f"{'packed' if is_packed else 'not packed throughout'}, --kv-bits is {request.kv_bits}. Give both, or no "
+            f"--head."
         )
     model = load_model(checkpoint)
     result = _generate_fused(model, request, head) if is_fused else None

@@ -4,6 +4,8 @@ import pytest
 import torch
 from llama_factory import tiny_llama
 
+from cluster.training.config import TrainConfig
+from cluster.training.run import build_torch_engine, run_training
 from moe_bitnet.checkpoint.native import load_model
 from moe_bitnet.cli.data import build_data
 from moe_bitnet.cli.main import main
@@ -20,7 +22,7 @@ def source(tmp_path_factory, text_folder):
     texts = [path.read_text() for path in sorted(text_folder.iterdir())]
     tokenizer = Tokenizer.train(texts, 320)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer._inner).save_pretrained(folder)
-    tiny_llama(vocab_size=tokenizer.vocab_size).save_pretrained(folder)
+    tiny_llama(vocab_size=tokenizer.vocab_size, head_dim=16).save_pretrained(folder)
     return folder
 
 
@@ -62,6 +64,41 @@ def test_text_is_tokenized_by_the_saved_tokenizer(source, text_folder, tmp_path)
     summary = build_data(run_folder, [text_folder], vocab_size=4096, tokenizer_file=out / "tokenizer.json")
     assert summary["vocab_size"] == model.config.vocab_size
     assert run_folder.load_tokenizer().to_json() == Tokenizer.load(out / "tokenizer.json").to_json()
+
+
+def test_training_goes_on_from_an_upcycled_checkpoint(source, text_folder, tmp_path, capsys):
+    start, run_folder = tmp_path / "start", RunFolder(tmp_path / "run")
+    assert upcycle(source, start, "--experts", 3, "--top-k", 2, "--text", text_folder) == 0
+    build_data(run_folder, [text_folder], vocab_size=4096, tokenizer_file=start / "tokenizer.json")
+    before = load_model(start)
+    config = TrainConfig(
+        run_folder.data,
+        run_folder.training("ternary"),
+        num_steps=3,
+        batch_size=2,
+        seq_len=32,
+        peak_learning_rate=1e-2,
+        initial_model=start,
+        has_frozen_backbone=True,
+        is_compiled=False,
+    )
+    summary = run_training(before.config, config, build_torch_engine(config), torch.device("cpu"))
+    assert summary is not None
+    trained, start_state = load_model(run_folder.model("ternary")).state_dict(), before.state_dict()
+    changed = {name for name in trained if not torch.equal(trained[name], start_state[name])}
+    assert changed == {name for name in trained if ".moe.experts." in name or ".moe.router." in name}
+
+    run = ("--run", str(run_folder.path), "--json")
+    capsys.readouterr()
+    assert main(["pack", "--layout", "2bit", *run]) == 0
+    assert json.loads(capsys.readouterr().out)["max_abs_logit_difference"] == 0
+    packed = str(run_folder.packed("2bit"))
+    assert main(["inspect", packed, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layout"] == "2bit"
+    assert main(["generate", "--model", packed, "--max-new-tokens", "3", *run]) == 0
+    assert json.loads(capsys.readouterr().out)["num_new_tokens"] == 3
+    assert main(["generate", "--model", packed, "--head", "int8", *run]) == 2
+    assert "not packed throughout" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_same_seed_gives_the_same_model(source, text_folder, tmp_path):

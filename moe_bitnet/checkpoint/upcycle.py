@@ -3,7 +3,7 @@
 ``"mote"`` (Source: Wang et al. 2025, arXiv:2506.14435): attention and the dense feed-forward network, now a shared
 expert, stay in float; ternary routed experts are added beside them. Their gate and up projections are those of the
 network, or slices of them; their down projections are zero. So the model starts exactly where the dense one is, and
-the first gradient decides in which direction each expert writes.
+the first gradient decides in which direction each expert writes. (Binary experts have no zero and start at 1e-5.)
 
 ``"ternary"`` (upcycling by copies: Komatsuzaki et al. 2022, arXiv:2212.05055): everything is ternary. Each routed
 expert is a copy of the dense network, told apart by a little noise: weights of a token's experts sum to 1, so that
@@ -24,7 +24,7 @@ from torch import Tensor
 from moe_bitnet.bitlinear import weight_levels
 from moe_bitnet.checkpoint.upcycle_statistics import LayerStatistics
 from moe_bitnet.config import ModelConfig, Precision
-from moe_bitnet.errors import ConfigError
+from moe_bitnet.errors import ConfigError, ShapeError
 from moe_bitnet.experts import PROJECTIONS
 from moe_bitnet.model import MoETransformer
 from moe_bitnet.quantization import WeightLevels, quantize_weight
@@ -89,8 +89,14 @@ def upcycle(dense: MoETransformer, settings: UpcycleSettings, statistics: Sequen
         a new model with latent weights, in evaluation mode; it shares no memory with ``dense``.
     Raises:
         ConfigError: settings and model do not fit together.
+        ShapeError: ``statistics`` are of another number of layers.
     """
     config = upcycled_config(dense.config, settings)
+    if len(statistics) != config.num_layers:
+        raise ShapeError(
+            f"upcycle: statistics of {len(statistics)} layers, the model has {config.num_layers}. "
+            f"Collect them from this model."
+        )
     generator = torch.Generator().manual_seed(settings.seed)
     old = {name: tensor.detach() for name, tensor in dense.state_dict().items()}
     with torch.device("meta"):

@@ -10,7 +10,7 @@ from moe_bitnet.checkpoint.upcycle import UpcycleSettings, fit_scale, upcycle
 from moe_bitnet.checkpoint.upcycle_source import dense_model
 from moe_bitnet.checkpoint.upcycle_statistics import collect_statistics
 from moe_bitnet.decoder import PackedDecoder
-from moe_bitnet.errors import CheckpointError, ConfigError
+from moe_bitnet.errors import CheckpointError, ConfigError, ShapeError
 from moe_bitnet.experts import FloatExperts, PackedExperts
 from moe_bitnet.quantization import quantize_weight
 
@@ -186,3 +186,8 @@ def test_impossible_settings_are_named(settings, named):
 def test_settings_that_do_not_fit_the_model_are_named(dense, statistics, settings, named):
     with pytest.raises(ConfigError, match=named):
         upcycle(dense, UpcycleSettings(**settings), statistics)
+
+
+def test_statistics_of_another_model_are_refused(dense, statistics):
+    with pytest.raises(ShapeError, match="statistics of 1 layers, the model has 2"):
+        upcycle(dense, UpcycleSettings(), statistics[:1])

@@ -110,6 +110,7 @@ class TrainingLoop:
         self.hooks = hooks
         self._watch = LossWatch(config.max_loss_rise, hooks.recent_losses)
         self._saved_at = 0.0
+        self._untold_bytes = 0
 
     def run(self, state: TrainingState) -> LoopResult:
         """Train from ``state`` on.
@@ -201,7 +202,8 @@ class TrainingLoop:
     def _gather(self, score: Score) -> tuple[StepResult, tuple[float, float]]:
         """Add up over workers what the step and the checkpoints need of them; one small message a micro-step."""
         scalars = torch.stack((score.loss, score.router_z_loss)).detach().double()
-        is_stopping, dispatch_bytes = self.hooks.should_stop(), self.engine.take_dispatch_bytes()
+        is_stopping = self.hooks.should_stop()
+        dispatch_bytes, self._untold_bytes = self._untold_bytes + self.engine.take_dispatch_bytes(), 0
         num_written, num_failed = self.hooks.checkpoints.signals()
         signals = scalars.new_tensor([is_stopping, dispatch_bytes, num_written, num_failed, self._wants_checkpoint()])
         per_expert = torch.stack((score.tokens_per_expert.double(), score.router_probabilities.detach().double()))
@@ -230,7 +232,9 @@ class TrainingLoop:
         )
 
     def _evaluate(self, step: int) -> Evaluation:
+        self._untold_bytes += self.engine.take_dispatch_bytes()  # of the last backward pass
         evaluation = evaluate(self.engine, self.objective, self.hooks.validation_batches())
+        self.engine.take_dispatch_bytes()  # those of an evaluation are no step's
         if not math.isfinite(evaluation.loss):
             raise TrainingError(
                 f"step {step}: the validation loss is {evaluation.loss}. The last checkpoint is kept; "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 import traceback
 
 import torch
@@ -25,6 +26,7 @@ def run_workers(work, world_size, folder, *arguments):
 
 def _worker(rank, work, world_size, folder, arguments):
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of what DeepSpeed calls
     os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(folder / "store"), world_size), rank=rank, world_size=world_size

@@ -24,6 +24,10 @@ DEFAULT_PEAK_LEARNING_RATE: dict[Precision, float] = {
     "binary": 8e-3,
 }
 _EXPERT_PARALLEL_STAGES = (1, 2)
+_NOT_WITH_ZERO_3 = {
+    "has_frozen_backbone": "DeepSpeed misses the backward pass of layers whose inputs need no gradient",
+    "has_activation_checkpointing": "DeepSpeed lets go of a block's parameters once it was computed again",
+}
 # What BitNet b1.58 warms up for; a short run takes a tenth of its steps instead.
 _MAX_WARMUP_STEPS = 375
 # Changing one of these on the way gives a run that is neither the old recipe nor the new one.
@@ -191,11 +195,11 @@ class TrainConfig:
                 f"{reason}. Give zero_stage 1 or 2, or expert_parallel 1."
             )
 
-        if self.has_frozen_backbone and self.zero_stage == 3:
-            raise ConfigError(
-                "TrainConfig: has_frozen_backbone does not work with zero_stage 3: DeepSpeed misses the backward pass "
-                "of layers whose inputs need no gradient. Give zero_stage 0, 1 or 2."
-            )
+        for name, reason in _NOT_WITH_ZERO_3.items():
+            if self.zero_stage == 3 and getattr(self, name):
+                raise ConfigError(
+                    f"TrainConfig: {name} does not work with zero_stage 3: {reason}. Give zero_stage 0, 1 or 2."
+                )
 
     def _check_counts(self) -> None:
         for name in (

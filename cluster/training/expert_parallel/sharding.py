@@ -50,7 +50,9 @@ def global_shapes(model: MoETransformer) -> dict[str, tuple[tuple[int, ...], int
     Args:
         model: with or without divided experts.
     """
-    shapes = {name: (tuple(parameter.shape), 0) for name, parameter in model.named_parameters()}
+    # ZeRO 3 keeps the shape beside a parameter that is empty itself
+    parameters = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: (tuple(shape), 0) for name, shape in parameters.items()}
     for layer_index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         experts = block.moe.experts

@@ -61,6 +61,7 @@ def test_wrong_files_are_named(text, tmp_path):
         TrainConfig.from_json(path)
 
 
-def test_a_frozen_backbone_and_zero_3_exclude_each_other(config):
-    with pytest.raises(ConfigError, match="has_frozen_backbone does not work with zero_stage 3"):
-        config.replace(has_frozen_backbone=True, zero_stage=3)
+@pytest.mark.parametrize("name", ["has_frozen_backbone", "has_activation_checkpointing"])
+def test_what_zero_3_cannot_do_is_refused(config, name):
+    with pytest.raises(ConfigError, match=f"{name} does not work with zero_stage 3"):
+        config.replace(zero_stage=3, **{name: True})

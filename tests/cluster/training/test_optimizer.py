@@ -5,11 +5,8 @@ from cluster.training.optimizer import (
     build_optimizer,
     freeze_backbone,
     is_decayed,
-    load_optimizer_tensors,
-    optimizer_tensors,
     set_step_size,
 )
-from moe_bitnet.errors import CheckpointError
 from moe_bitnet.model import MoETransformer
 
 
@@ -66,30 +63,3 @@ def test_a_frozen_backbone_leaves_experts_and_routers(model):
     assert trained == {f"blocks.{i}.moe.{name}" for i in range(2) for name in (*experts, "router.weight")}
     groups = build_optimizer(model, 0.9, 0.95).param_groups
     assert sum(len(group["params"]) for group in groups) == len(trained)
-
-
-def test_state_survives_a_round_trip_by_name(model, model_config):
-    optimizer = build_optimizer(model, 0.9, 0.95)
-    assert optimizer_tensors(model, optimizer) == {}
-    train_step(model, optimizer)
-    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizer).items()}
-    twin = MoETransformer(model_config)
-    twin.load_state_dict(model.state_dict())
-    twin_optimizer = build_optimizer(twin, 0.9, 0.95)
-    load_optimizer_tensors(twin, twin_optimizer, saved, "test")
-    train_step(model, optimizer)
-    train_step(twin, twin_optimizer)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, twin.state_dict()[name]), name
-
-
-def test_state_of_another_model_is_refused(model):
-    optimizer = build_optimizer(model, 0.9, 0.95)
-    train_step(model, optimizer)
-    tensors = optimizer_tensors(model, optimizer)
-    fresh = build_optimizer(model, 0.9, 0.95)
-    with pytest.raises(CheckpointError, match=r"norm\.weight\.exp_avg"):
-        load_optimizer_tensors(model, fresh, {**tensors, "norm.weight.exp_avg": torch.zeros(3)}, "test")
-    del tensors["norm.weight.step"]
-    with pytest.raises(CheckpointError, match=r"norm\.weight\.step"):
-        load_optimizer_tensors(model, fresh, tensors, "test")

@@ -49,8 +49,10 @@ def at_step(number, act):
     return on_progress
 
 
+@pytest.mark.parametrize("sharing", [{}, {"expert_parallel": 2, "zero_stage": 1}], ids=["data", "experts"])
 @pytest.mark.usefixtures("_two_cpus")
-def test_a_killed_worker_changes_nothing(model_config, config, tmp_path):
+def test_a_killed_worker_changes_nothing(model_config, config, tmp_path, sharing):
+    config = config.replace(**sharing)
     train(model_config, config)
     disturbed = config.replace(out_folder=tmp_path / "disturbed", checkpoint_every_s=0.05)
     summary = train(model_config, disturbed, on_progress=at_step(20, lambda: training_workers()[1].kill()))

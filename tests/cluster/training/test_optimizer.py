@@ -16,13 +16,6 @@ def model(model_config):
     return MoETransformer(model_config)
 
 
-def train_step(model, optimizer):
-    set_step_size(optimizer, 1e-2, 0.1)
-    model(torch.arange(12).view(2, 6)).logits.logsumexp(-1).mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 @pytest.mark.parametrize("norm_recipe", ["sub_norm", "inner_norm"])
 def test_projections_and_experts_decay_and_nothing_else(model_config, norm_recipe, precision):
     model = MoETransformer(

@@ -125,12 +125,12 @@ def row_of(cell: SweepCell, result: CellResult) -> dict[str, Any]:
 
 
 def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print one line a cell; the smallest of the forms that it can be stored in stands for its bytes."""
+    """Print one line a cell: validation loss, and the bytes of the smallest form that it can be stored in."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("size", "precision"):
-        table.add_column(name)
-    for name in ("peak rate", "seed", "validation loss", "PPL", "bytes", "stored as"):
-        table.add_column(name, justify="right")
+        table.add_column(name, no_wrap=True)
+    for name in ("peak rate", "seed", "loss", "PPL", "bytes", "stored as"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         form, num_bytes = min(row["bytes"].items(), key=lambda each: each[1])
         loss = format_number(row["validation_loss"]) if not row["error"] else "failed"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from moe_bitnet.cli.reporting.figures import Drawing, drawings_png
 from moe_bitnet.cli.reporting.plots import Palette, note_above, style_axes
@@ -56,12 +56,13 @@ def sweep_png(points: Sequence[SweepPoint]) -> bytes:
 
 def draw_loss_against_bytes(points: Sequence[SweepPoint], axes: Axes, palette: Palette) -> None:
     """Draw the lines of :func:`best_points` on a logarithmic axis of bytes."""
-    colors = (palette.twin, palette.ternary, palette.ternary_light, palette.ink, palette.muted)
+    colors = {"FP16": palette.twin, "ternary base3": palette.ternary, "ternary 2bit": palette.ternary_light}
     style_axes(axes, palette)
     axes.set_xscale("log")
     for index, (form, line) in enumerate(best_points(points).items()):
-        color, marker = colors[index % len(colors)], _MARKERS[index % len(_MARKERS)]
+        color, marker = colors.get(form, (palette.ink, palette.muted)[index % 2]), _MARKERS[index % len(_MARKERS)]
         axes.plot(*zip(*line, strict=True), label=form, color=color, marker=marker, linewidth=1.8, markersize=7)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(size)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("stored model, embedding included", color=palette.muted, fontsize="small")

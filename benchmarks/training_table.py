@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.training_bytes import stored_bytes
 from benchmarks.training_plan import COMPARED, Cell, Corpus, model_config
+from moe_bitnet.checkpoint.stored_bytes import stored_bytes
 from moe_bitnet.config import Precision
 
 Results = Mapping[Cell, Mapping[str, Any]]
@@ -27,7 +27,7 @@ class Entry:
         peak_learning_rate: the best of its sweep.
         losses: validation loss by seed, nats a token.
         num_active_parameters: that one token uses.
-        stored_bytes: see :func:`benchmarks.training_bytes.stored_bytes`.
+        stored_bytes: see :func:`moe_bitnet.checkpoint.stored_bytes.stored_bytes`.
         load_cv: by seed, std / mean of the experts' validation load, the mean of the layers.
         worst_load_cv: the largest of any layer and seed.
         num_dead_experts: experts of any layer and seed that no validation token visits.

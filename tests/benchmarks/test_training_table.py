@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from benchmarks.training_bytes import stored_bytes
 from benchmarks.training_plan import Cell, model_config
 from benchmarks.training_table import at_bytes, gather, ratio_to_twin, select
 from moe_bitnet.checkpoint.sizes import model_sizes
+from moe_bitnet.checkpoint.stored_bytes import stored_bytes
 from moe_bitnet.model import MoETransformer
 
 STEPS = 10

@@ -82,7 +82,7 @@ class DeepSpeedEngine:
         module = _TupleOutput(model, config)
         if config.expert_parallel > 1:
             self._workers = ExpertGroup(_expert_parallel_group(config.expert_parallel), self._meter)
-            shard_experts(model, self._workers, config.exchange_dtype)
+            shard_experts(model, self._workers, config.exchange_dtype, is_compiled)
             mark_for_group(model, _group_name(config.expert_parallel))
             module.marker = _expert_marker(config.expert_parallel, model.config.num_experts)
         self.optimizer = AdamW(

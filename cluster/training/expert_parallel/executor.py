@@ -12,6 +12,8 @@ rows are computed. A sum over experts is grouped by worker, so that it may diffe
 bits; each expert's output for a row is the same to the bit if rows travel as int8.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,9 @@ from moe_bitnet.dispatch import sort_by_expert
 from moe_bitnet.experts import ExpertInput, GroupedExperts
 from moe_bitnet.router import Routing
 
+Compute = Callable[[ExpertInput, Tensor], Tensor]
+"""Sorted rows ``[n, H]`` and expert offsets → outputs ``[n, H]``."""
+
 
 class ExpertParallelExperts(nn.Module):
     """The experts of one layer that this worker holds, and the way to all others.
@@ -43,6 +48,7 @@ class ExpertParallelExperts(nn.Module):
         workers: of the group.
         exchange_dtype: of partial sums and gradients.
         layer_index: for the meter.
+        is_compiled: compile what the experts compute, for any number of rows; the exchange around it stays as it is.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class ExpertParallelExperts(nn.Module):
         workers: ExpertGroup,
         exchange_dtype: ExchangeDtype,
         layer_index: int,
+        is_compiled: bool = False,
     ) -> None:
         super().__init__()
         assert experts.num_experts == division.counts[workers.rank]
@@ -60,6 +67,7 @@ class ExpertParallelExperts(nn.Module):
         self._local = (experts,)  # not a submodule: it would put its name before the parameters'
         self._workers, self._layer_index = workers, layer_index
         self._exchange_dtype = getattr(torch, exchange_dtype)
+        self._compute: Compute = torch.compile(experts.compute) if is_compiled else experts.compute
         for name, parameter in experts.named_parameters():
             self.register_parameter(name, parameter)
 
@@ -73,9 +81,10 @@ class ExpertParallelExperts(nn.Module):
         exchange = RowExchange(self._workers, layout, visits, self._layer_index)
         ticket = start_dispatch(exchange, rows, routing.expert_weights)
         received, weights, local_ids = wait_dispatch(exchange, ticket)
-        ticket = start_combine(exchange, partial_sums(experts, received, weights, local_ids))
+        ticket = start_combine(exchange, partial_sums(experts, self._compute, received, weights, local_ids))
         own_weights = routing.expert_weights.index_select(0, visits.own_tokens)
-        own = partial_sums(experts, _take(rows, visits.own_tokens), own_weights, visits.own_ids)
+        own_rows = _take(rows, visits.own_tokens)
+        own = partial_sums(experts, self._compute, own_rows, own_weights, visits.own_ids)
         returned = wait_combine(exchange, ticket)
         return self._add_up(hidden_states, visits, own, returned)
 
@@ -103,11 +112,14 @@ class ExpertParallelExperts(nn.Module):
         return total
 
 
-def partial_sums(experts: GroupedExperts, rows: ExpertInput, weights: Tensor, local_ids: Tensor) -> Tensor:
+def partial_sums(
+    experts: GroupedExperts, compute: Compute, rows: ExpertInput, weights: Tensor, local_ids: Tensor
+) -> Tensor:
     """Return each row's weighted sum over the experts held here.
 
     Args:
         experts: held here.
+        compute: their :meth:`~moe_bitnet.experts.GroupedExperts.compute`, perhaps compiled.
         rows: ``[n, H]``, each with at least one expert here.
         weights: float32 ``[n, K]``.
         local_ids: int64 ``[n, K]``; below 0 for choices that are elsewhere.
@@ -123,7 +135,11 @@ def partial_sums(experts: GroupedExperts, rows: ExpertInput, weights: Tensor, lo
     row_of_slot = slots // top_k
     row_alignment = experts.training_row_alignment if torch.is_grad_enabled() else 1
     dispatch = sort_by_expert(local_ids.flatten()[slots].unsqueeze(1), experts.num_experts, row_alignment)
-    outputs = experts.compute(_take(rows, row_of_slot[dispatch.sorted_token_indices]), dispatch.expert_offsets)
+    sorted_rows = _take(rows, row_of_slot[dispatch.sorted_token_indices])
+    for tensor in (sorted_rows.rows, sorted_rows.activation_scale):
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # or each new number of rows would be compiled
+    outputs = compute(sorted_rows, dispatch.expert_offsets)
     weighted = outputs.index_select(0, dispatch.slot_positions) * weights.flatten().index_select(0, slots).unsqueeze(1)
     return torch.zeros_like(rows.rows, dtype=torch.float32).index_add(0, row_of_slot, weighted)
 

@@ -14,13 +14,16 @@ from moe_bitnet.experts import GroupedExperts, build_experts
 from moe_bitnet.model import Block, MoETransformer
 
 
-def shard_experts(model: MoETransformer, workers: ExpertGroup, exchange_dtype: ExchangeDtype) -> None:
+def shard_experts(
+    model: MoETransformer, workers: ExpertGroup, exchange_dtype: ExchangeDtype, is_compiled: bool = False
+) -> None:
     """Keep this worker's experts of each layer alone, and reach the others through the group.
 
     Args:
         model: whole, the same on all workers of the group; changed in place.
         workers: of the group; at most as many as experts.
         exchange_dtype: of partial sums and gradients.
+        is_compiled: compile what the experts compute.
     """
     division = ExpertDivision(model.config.num_experts, workers.num_workers)
     executors = []
@@ -35,7 +38,7 @@ def shard_experts(model: MoETransformer, workers: ExpertGroup, exchange_dtype: E
                 whole = experts.get_parameter(name)
                 parameter.copy_(whole[start : start + local.num_experts])
                 parameter.requires_grad_(whole.requires_grad)
-        executors.append(ExpertParallelExperts(local, division, workers, exchange_dtype, layer_index))
+        executors.append(ExpertParallelExperts(local, division, workers, exchange_dtype, layer_index, is_compiled))
     model.replace_experts(executors)
 
 

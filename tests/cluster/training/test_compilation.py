@@ -3,8 +3,9 @@ import logging
 import pytest
 import torch
 
-from cluster.training.compilation import compile_obstacle
+from cluster.training.compilation import compile_blocks, compile_obstacle
 from cluster.training.run import build_torch_engine, run_training
+from moe_bitnet.model import MoETransformer
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
@@ -45,3 +46,11 @@ def test_compiled_training_follows_eager_training(model_config, config):
     compiled = run_training(model_config, config, build_torch_engine(config), torch.device("cpu"))
     assert compiled["is_compiled"] is True
     assert compiled["validation_loss"] == pytest.approx(eager["validation_loss"], abs=1e-2)
+
+
+def test_zero_3_runs_eager_and_says_so(model_config, monkeypatch, caplog):
+    monkeypatch.setattr("cluster.training.compilation.compile_obstacle", lambda *args: None)
+    with caplog.at_level(logging.WARNING):
+        assert not compile_blocks(MoETransformer(model_config), "bfloat16", zero_stage=3)
+        assert "ZeRO 3" in caplog.text
+        assert compile_blocks(MoETransformer(model_config), "bfloat16", zero_stage=2)

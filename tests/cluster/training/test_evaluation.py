@@ -48,6 +48,18 @@ def test_workers_share_the_batches(engine, batches):
     torch.testing.assert_close(visits / visits.sum(1, keepdim=True), torch.tensor(alone.expert_load).double())
 
 
+def test_every_worker_scores_as_many_batches(engine, batches):
+    # those without one in the last round: others may need their experts
+    engine.world_size, counts = 2, []
+    engine.sum_over_workers = torch.ones_like
+    for engine.rank in (0, 1):
+        scored = []
+        engine.predict = lambda tokens, scored=scored: scored.append(tokens) or TorchEngine.predict(engine, tokens)
+        evaluate(engine, Objective(0.0, 0.0), batches)
+        counts.append(len(scored))
+    assert counts == [2, 2]
+
+
 def test_evaluation_batches_have_the_training_shape(config):
     tokens = np.arange(16 * 11 + 1, dtype=np.int32)  # 11 windows
     shapes = [inputs.shape for inputs, _ in evaluation_batches(tokens, config.replace(num_eval_batches=9), 1)]

@@ -127,14 +127,9 @@ def check_run(model_config: ModelConfig, config: TrainConfig) -> None:
             f"seq_len {config.seq_len} exceeds the model's max_seq_len {model_config.max_seq_len}. "
             f"Lower the one or raise the other."
         )
-    if config.expert_parallel > model_config.num_experts:
-        raise ConfigError(
-            f"expert_parallel {config.expert_parallel} leaves workers without an expert: the model's num_experts is "
-            f"{model_config.num_experts}. Give at most {model_config.num_experts}."
-        )
+    check_expert_parallel(model_config, config)
     if config.initial_model is not None and not checkpoint_folders(config.out_folder):
         _check_initial_model(config.initial_model, model_config)
-    check_expert_parallel(model_config, config)
     vocab_size = read_summary(config.data_folder).vocab_size
     if model_config.vocab_size != vocab_size:
         raise ConfigError(

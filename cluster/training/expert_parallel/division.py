@@ -53,6 +53,6 @@ def check_expert_parallel(model_config: ModelConfig, config: TrainConfig) -> Non
     """
     if config.expert_parallel > model_config.num_experts:
         raise ConfigError(
-            f"expert_parallel {config.expert_parallel} leaves workers without an expert: a layer has "
+            f"expert_parallel {config.expert_parallel} leaves workers without an expert: the model's num_experts is "
             f"{model_config.num_experts}. Give at most {model_config.num_experts}."
         )

@@ -17,5 +17,7 @@ def test_every_expert_has_one_owner_and_workers_have_as_many_as_others(num_exper
 def test_more_workers_than_experts_are_refused(model_config, config):
     config = config.replace(num_workers=8, batch_size=8, expert_parallel=8, zero_stage=1)
     check_expert_parallel(model_config.replace(num_experts=8), config)
-    with pytest.raises(ConfigError, match="expert_parallel 8 leaves workers without an expert: a layer has 4"):
+    with pytest.raises(
+        ConfigError, match="expert_parallel 8 leaves workers without an expert: the model's num_experts is 4"
+    ):
         check_expert_parallel(model_config, config)

@@ -64,11 +64,13 @@ def train(
 
     Uses the Ray that this process is connected to; else connects to ``cluster_config.address``, or
     starts a local Ray and shuts it down again. Ctrl-C lets the workers finish their step and write a
-    checkpoint; a second one does not wait for that. After a worker or its host died all workers start again from
-    the last checkpoint, ``max_restarts`` times; where hosts are gone for good, as many workers as fit go on, down to
-    ``min_workers`` and only numbers that divide the batch (with the same batch, thus the same training but for
-    rounding). Without ``min_workers`` the run waits ten minutes for a host to come back. An error of ours, such as
-    a loss that is not finite, starts nothing again.
+    checkpoint; a second one does not wait for that.
+
+    After a worker or its host died all workers start again from the last checkpoint, ``max_restarts`` times. With
+    ``min_workers`` as many go on as find a place, in numbers that divide the batch: the batch stays the same, and so
+    does the training but for rounding; once a minute Ray looks whether there is room for more again. Without
+    ``min_workers`` the run waits ten minutes for a host to come back. An error of ours, such as a loss that is not
+    finite, starts nothing again.
 
     Args:
         model_config: shape and precision.
@@ -90,21 +92,32 @@ def train(
     )
     check_run(model_config, config)
     withdraw_stop(config.out_folder)
-    settings = {"model": model_config.to_dict(), "training": config.to_dict()}
-    write_json_atomically(config.out_folder / SETTINGS_NAME, settings)  # for people: what was this run?
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, config.out_folder / _RAY_FOLDER, ignore_errors=True)
         stack.enter_context(_environment(_DRIVER_ENVIRONMENT))
         stack.enter_context(connect(cluster_config))
-        gauges = TrainingGauges(config.out_folder.name)
-
-        def tell(line: dict[str, Any]) -> None:
-            gauges.tell(line)
-            if on_progress is not None:
-                on_progress(line)
-
-        stack.enter_context(MetricsFollower(config.out_folder / METRICS_NAME, tell))
+        listener = _Listener(model_config, config, on_progress)
+        stack.enter_context(MetricsFollower(config.out_folder / METRICS_NAME, listener.tell))
         return _wait_for(_build_trainer(model_config, config), config)
+
+
+class _Listener:
+    """Passes on each line of metrics; the first proves that the folder is this run's, and has its settings written."""
+
+    def __init__(self, model_config: ModelConfig, config: TrainConfig, on_progress: OnProgress | None) -> None:
+        self._settings = {"model": model_config.to_dict(), "training": config.to_dict()}
+        self._path = config.out_folder / SETTINGS_NAME
+        self._gauges = TrainingGauges(config.out_folder.name)
+        self._on_progress = on_progress
+        self._is_first = True
+
+    def tell(self, line: dict[str, Any]) -> None:
+        if self._is_first:
+            write_json_atomically(self._path, self._settings)
+            self._is_first = False
+        self._gauges.tell(line)
+        if self._on_progress is not None:
+            self._on_progress(line)
 
 
 def _build_trainer(model_config: ModelConfig, config: TrainConfig) -> Any:

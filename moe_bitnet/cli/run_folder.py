@@ -5,6 +5,8 @@
     run/
     ├── data/            token shards, tokenizer.json, summary.json          (data)
     ├── ternary/ float/  checkpoints/, metrics.jsonl, tensorboard/, summary.json, model/   (train)
+    │                    settings.json, attempts.jsonl, train.log, report.html, curves.png
+    ├── sweep/           a folder a cell, results.jsonl, loss_against_bytes.png   (sweep)
     ├── packed-2bit/ packed-base3/ twin-float16/, and pack.json              (pack)
     ├── placement.json, and place.json for the report                        (place)
     ├── generate.json    context.json    machine.json

@@ -101,4 +101,9 @@ def test_train_stops_and_resumes(model_config, config):
     assert load_model(config.out_folder / "model").config == model_config
     assert not (config.out_folder / "ray").exists()
     assert "resuming after step" in (config.out_folder / "train.log").read_text()
+    settings = json.loads((config.out_folder / "settings.json").read_text())
+    assert settings["model"] == model_config.to_dict()
+    with pytest.raises(CheckpointError, match="another model"):
+        train(model_config.replace(num_experts=8), config)
+    assert json.loads((config.out_folder / "settings.json").read_text()) == settings
     assert ray.is_initialized()

@@ -13,6 +13,7 @@ from moe_bitnet.errors import DataError
 
 _TRAINED = {"mote": "#2b6ca8", "ternary": "#d0561a"}
 _UNTRAINED = {"dense": "#1d2430", "rounded": "#9aa3ad"}
+_NEAR_DENSE = ("dense", "mote")
 _LABELS = {
     "mote": "ternary experts beside the float model",
     "ternary": "all ternary",
@@ -22,7 +23,7 @@ _LABELS = {
 
 
 def plot_upcycling(metrics: Sequence[Metric], path: Path) -> None:
-    """Draw one panel a kind of text.
+    """Draw a column a kind of text: all models above, and below the float model with new experts near the dense one.
 
     Args:
         metrics: those that are no perplexities are left out.
@@ -34,10 +35,16 @@ def plot_upcycling(metrics: Sequence[Metric], path: Path) -> None:
     if not points:
         raise DataError(f"{path}: none of {len(metrics)} metrics is a perplexity. Give others.")
     texts = list(dict.fromkeys(str(point.detail["text"]) for point in points))
-    figure = Figure(figsize=(5.2 * len(texts), 4.2), layout=ConstrainedLayoutEngine(w_pad=0.1))
-    for axes, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
-        _draw(axes, [point for point in points if point.detail["text"] == text])
-        axes.set_title(f"PPL on {text}", loc="left", color=INK, fontweight="bold", fontsize="medium")
+    figure = Figure(figsize=(5.2 * len(texts), 7.6), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+    all_models, near_dense = figure.subplots(2, len(texts), squeeze=False)
+    for column, text in enumerate(texts):
+        of_text = [point for point in points if point.detail["text"] == text]
+        _draw(all_models[column], of_text)
+        _draw(near_dense[column], [point for point in of_text if point.detail["model"] in _NEAR_DENSE])
+        all_models[column].set_yscale("log")
+        all_models[column].set_title(f"PPL on {text}", loc="left", color=INK, fontweight="bold", fontsize="medium")
+        near_dense[column].margins(y=0.25)  # room for the legend
+        near_dense[column].set_title("the same, near the dense model", loc="left", color=INK, fontsize="medium")
     save_figure(figure, path, points[0], str(points[0].detail["source"]))
 
 
@@ -54,7 +61,6 @@ def _draw(axes: Axes, points: Sequence[Metric]) -> None:
         if line:
             label = f"{_LABELS[model]}, {line[-1][1]:.3g} at the end"
             axes.plot(*zip(*line, strict=True), "o-", color=color, linewidth=1.8, markersize=4, label=label)
-    axes.set_yscale("log")
     axes.set_xlabel("tokens of continued training", color=MUTED)
     style_axes(axes)
     axes.legend(frameon=False, fontsize="small", labelcolor=MUTED)

@@ -30,6 +30,7 @@ HELP = "make a ternary mixture of experts of a dense LLaMA-like checkpoint, to g
 TOKENIZER_NAME = "tokenizer.json"
 _SEQ_LEN = 256
 _BYTES_PER_TOKEN = 8  # more than text of any kind needs
+_MIN_BYTES = 65_536  # some whole documents, however few tokens are asked for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = upcycle(dense, settings, statistics)
     save_model(model, args.out)
     has_tokenizer = _save_tokenizer(source, args.out)
+    say(_next_steps(args.out, settings))
     float_sizes, packed_sizes = model_sizes(model.config), model_sizes(model.config, "2bit")
     return {
         "source": str(args.source),
@@ -83,13 +85,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _next_steps(folder: Path, settings: UpcycleSettings) -> str:
+    """Say how to go on; the learning rates of models from scratch are too high here."""
+    text = (
+        f"go on with: moe-bitnet data --tokenizer {folder / TOKENIZER_NAME}; "
+        f"moe-bitnet train --initial-model {folder} --learning-rate 1e-3"
+    )
+    frozen = " (and has_frozen_backbone = true in a settings file, to train the new experts alone)"
+    return text + (frozen if settings.recipe == "mote" else "")
+
+
 def calibration_ids(source: DenseSource, paths: list[Path], num_tokens: int) -> Tensor:
     """Return int64 ``[B, S]`` of text, about ``num_tokens`` of it in sequences of at most 256.
 
     Raises:
         DataError: the texts are shorter than two tokens.
     """
-    corpus = collect_documents(paths, max_bytes=num_tokens * _BYTES_PER_TOKEN, max_document_bytes=_SEQ_LEN * 4)
+    max_bytes = max(_MIN_BYTES, num_tokens * _BYTES_PER_TOKEN)
+    corpus = collect_documents(paths, max_bytes=max_bytes, max_document_bytes=_SEQ_LEN * 4)
     token_ids = source.token_ids("\n\n".join(document.text for document in corpus.documents))[:num_tokens]
     seq_len = min(_SEQ_LEN, len(token_ids))
     if seq_len < 2:

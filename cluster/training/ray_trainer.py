@@ -47,6 +47,8 @@ _DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor less to start; a lost host is noticed all the same
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; silences its warning
 }
+# What Ray may take to free the CPUs of workers that just ended.
+_FREE_TIMEOUT_S = 10.0
 # Each lasts a minute (Ray's default): what a host may take to come back.
 _MAX_START_TIMEOUTS = 10
 # Freed tensors stay mapped: without these, glibc returns large ones to the kernel and each new one
@@ -207,7 +209,9 @@ def _check_resources(num_workers: int) -> bool:
     Raises:
         ClusterError: there are too few free CPUs.
     """
-    available = ray.available_resources()
+    deadline = time.monotonic() + _FREE_TIMEOUT_S
+    while (available := ray.available_resources()).get("CPU", 0) < num_workers and time.monotonic() < deadline:
+        time.sleep(0.2)
     if available.get("CPU", 0) < num_workers:
         raise ClusterError(
             f"Ray has {available.get('CPU', 0):g} free CPUs, {num_workers} workers need one each. "

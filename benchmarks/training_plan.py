@@ -7,7 +7,8 @@ smaller sizes, by probes a fifth as long at the largest; only then are its other
     middle: sweep ──► other seed, and the rates to try at large
     large: probes ──► one run
 
-A sweep goes on until its best rate lies between two others (or is the best of the next smaller size).
+A sweep goes on until its best rate lies between two others, or is the best of the next smaller size. At the largest
+size it stops at half of that.
 
 :func:`plan` is a pure function of what is finished, so that an interrupted table goes on where it was.
 """
@@ -106,19 +107,13 @@ def plan(losses: Losses, num_steps: int) -> list[Cell]:
         if (rate := best[precision])
     ]
     cells += middle_sweep(losses, num_steps)
-    middle = {precision: best_rate(losses, "middle", precision, num_steps) for precision in COMPARED}
-    cells += [
-        Cell("code", "middle", precision, rate, seed, num_steps)
-        for precision in COMPARED
-        for seed in SEEDS["middle"][1:]
-        if (rate := middle[precision])
-    ]
     cells += large_probes(losses, num_steps)
     cells += [
-        Cell("code", "large", precision, rate, seed, num_steps)
+        Cell("code", size, precision, rate, seed, num_steps)
+        for size in ("large", "middle")
+        for seed in SEEDS[size]
         for precision in COMPARED
-        for seed in SEEDS["large"]
-        if (rate := best_rate(losses, "large", precision, num_steps))
+        if (rate := best_rate(losses, size, precision, num_steps))
     ]
     cells += [
         Cell("prose", "small", precision, rate, seed, num_steps)
@@ -179,7 +174,7 @@ def _widen(cells: list[Cell], losses: Losses) -> list[Cell]:
     """
     while all(cell in losses for cell in cells):
         best = min(cells, key=lambda cell: losses[cell])
-        if best == cells[0]:
+        if best == cells[0] and best.size != "large":
             cells = [replace(best, peak_learning_rate=best.peak_learning_rate / 2), *cells]
         elif best == cells[-1] and best.size == "small":
             # a larger model wants no more than a smaller one: there the highest rate is where the sweep begins

@@ -178,11 +178,9 @@ class TrainConfig:
                 f"TrainConfig: min_workers {self.min_workers} exceeds num_workers {self.num_workers}. "
                 f"Give at most {self.num_workers}."
             )
-        if self.zero_stage is None:
-            object.__setattr__(self, "zero_stage", 1 if self.expert_parallel > 1 else 0)
-        if self.zero_stage not in range(4):
+        if isinstance(self.zero_stage, bool) or self.zero_stage not in (None, 0, 1, 2, 3):
             raise ConfigError(f"TrainConfig: zero_stage is {self.zero_stage!r}; allowed are 0, 1, 2 and 3.")
-        if self.expert_parallel > 1 and self.zero_stage not in _EXPERT_PARALLEL_STAGES:
+        if self.expert_parallel > 1 and self.stage not in _EXPERT_PARALLEL_STAGES:
             reason = (
                 "without ZeRO, DeepSpeed clips gradients by the norm of each worker's own experts, so that workers "
                 "would drift apart"
@@ -244,9 +242,8 @@ class TrainConfig:
 
     @property
     def stage(self) -> int:
-        """``zero_stage`` as a number: the default is filled in."""
-        assert self.zero_stage is not None
-        return self.zero_stage
+        """``zero_stage`` as a number: without one, 0, or 1 with expert parallelism."""
+        return int(self.expert_parallel > 1) if self.zero_stage is None else self.zero_stage
 
     @property
     def tokens_per_step(self) -> int:

@@ -65,3 +65,30 @@ def test_wrong_files_are_named(text, tmp_path):
 def test_what_zero_3_cannot_do_is_refused(config, name):
     with pytest.raises(ConfigError, match=f"{name} does not work with zero_stage 3"):
         config.replace(zero_stage=3, **{name: True})
+
+
+def test_the_zero_stage_follows_expert_parallelism_unless_it_is_given(config):
+    assert config.stage == 0
+    shared = config.replace(num_workers=2, expert_parallel=2)
+    assert shared.stage == 1
+    assert TrainConfig.from_dict(shared.to_dict()).replace(expert_parallel=1).stage == 0
+    for stage, reason in ((0, "drift apart"), (3, "no whole expert")):
+        with pytest.raises(ConfigError, match=reason):
+            shared.replace(zero_stage=stage)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_workers": 2, "batch_size": 4, "gradient_accumulation_steps": 3},
+        {"num_workers": 4, "batch_size": 4, "expert_parallel": 3},
+        {"num_workers": 2, "batch_size": 4, "min_workers": 3},
+        {"zero_stage": 4},
+        {"exchange_dtype": "int8"},
+    ],
+)
+def test_divisions_that_do_not_come_out_are_refused(config, change):
+    with pytest.raises(
+        ConfigError, match="gradient_accumulation|expert_parallel|min_workers|zero_stage|exchange_dtype"
+    ):
+        config.replace(**change)

@@ -54,7 +54,7 @@ def test_the_file_changes_the_preset_and_options_change_the_file(write):
     assert found.model["num_experts"] == 4
     assert found.model["hidden_size"] == PRESETS["tiny"].shape["hidden_size"]
     assert found.model["precision"] == "binary"
-    assert (config.num_steps, config.seed, config.is_compiled, config.zero_stage) == (90, 5, False, 1)
+    assert (config.num_steps, config.seed, config.is_compiled, config.stage) == (90, 5, False, 1)
     assert config.warmup_steps == 9, "a share of the steps, once their number is not the preset's"
     assert str(config.out_folder) == "there"
     assert config.data_folder == DEFAULT_RUN / "data"
@@ -137,6 +137,6 @@ def test_what_write_config_prints_is_read_back_as_the_same_settings(options, wri
     read, written = settings(write(text)), settings(*options)
     assert read.train_config == written.train_config
     assert ModelConfig(vocab_size=9, **read.model) == ModelConfig(vocab_size=9, **written.model)
-    for name in ("hidden_size", "zero_stage", "max_loss_rise"):
+    for name in ("hidden_size", "exchange_dtype", "max_loss_rise"):
         before = text[: text.index(f"\n{name} =")].splitlines()[-1]
         assert before.startswith("# "), f"{name} has no explanation"

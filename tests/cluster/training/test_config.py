@@ -89,6 +89,6 @@ def test_the_zero_stage_follows_expert_parallelism_unless_it_is_given(config):
 )
 def test_divisions_that_do_not_come_out_are_refused(config, change):
     with pytest.raises(
-        ConfigError, match="gradient_accumulation|expert_parallel|min_workers|zero_stage|exchange_dtype"
+        ConfigError, match=r"gradient_accumulation|expert_parallel|min_workers|zero_stage|exchange_dtype"
     ):
         config.replace(**change)

@@ -2,8 +2,8 @@
 
 import dataclasses
 import os
-import warnings
 import traceback
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 
 from cluster.training.objective import Objective
 from cluster.training.optimizer import set_step_size
+from cluster.training.schedule import learning_rate_at
 from moe_bitnet.model import MoETransformer
 
 
@@ -45,8 +46,9 @@ def fresh_model(model_config):
     return MoETransformer(model_config)
 
 
-def train_steps(engine, steps, config, rank=0, world_size=1, learning_rate=1e-3):
-    """Train on batches that depend on the step alone; returns the gradients' norms."""
+def train_steps(engine, steps, config, rank=0, world_size=1):
+    """Train on batches that depend on the step alone, in the warm-up of a longer run; returns the gradients' norms."""
+    peak = config.peak_for(engine.model.config.precision)
     objective, norms = Objective(config.load_balance_weight, config.router_z_weight), []
     num_parts, vocab_size = config.gradient_accumulation_steps, engine.model.config.vocab_size
     for step in steps:
@@ -56,7 +58,7 @@ def train_steps(engine, steps, config, rank=0, world_size=1, learning_rate=1e-3)
             score = objective.score(engine.forward(part[:, :-1]), part[:, 1:])
             visits = engine.sum_over_workers(score.tokens_per_expert.double())
             engine.backward(objective.total(score, visits))
-        set_step_size(engine.optimizer, learning_rate, 0.1)
+        set_step_size(engine.optimizer, learning_rate_at(step, 4000, 375, peak), 0.1)
         norms.append(engine.step())
     return norms
 

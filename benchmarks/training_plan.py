@@ -27,13 +27,13 @@ SEEDS = {"small": (0, 1, 2), "middle": (0, 1), "large": (0,)}
 """Seeds of each size on the code corpus; prose is trained at the smallest, with as many."""
 
 VOCAB_SIZE = 2048
-BATCH_SIZE = 8
+BATCH_SIZE = 4
 SEQ_LEN = 256
 _PROBE_SHARE = 5
 _FIRST_RATES: dict[Precision, tuple[float, ...]] = {
-    "ternary": (4e-3, 8e-3, 1.6e-2),
-    "float": (2e-3, 4e-3, 8e-3),
-    "int4-experts": (2e-3, 4e-3, 8e-3),
+    "ternary": (2e-3, 4e-3, 8e-3),
+    "float": (1e-3, 2e-3, 4e-3),
+    "int4-experts": (1e-3, 2e-3, 4e-3),
     "binary": (4e-3, 8e-3),
 }
 _SHAPES: dict[str, dict[str, Any]] = {

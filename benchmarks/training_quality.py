@@ -4,8 +4,8 @@
 
 Ternary, float and int4-experts models of 1.1, 4.5 and 12.0 million active parameters (8 experts, top 2, the same
 sub-norms, the same batches in the same order) read the standard library's sources; the smallest also English prose.
-Every precision has the best peak learning rate of its own sweep (``training_plan``). The whole table takes about two
-hours on two idle cores; what is finished stays in the folder, and the same command goes on after an interruption.
+Every precision has the best peak learning rate of its own sweep (``training_plan``). The whole table takes under
+three hours on two idle cores; what is finished stays in the folder, and the same command goes on after an interruption.
 ``--quick`` trains two very small shapes for some steps in less than a minute: it shows that everything works.
 """
 
@@ -46,7 +46,7 @@ from moe_bitnet.config import Precision
 from moe_bitnet.errors import DataError
 
 DEFAULT_FOLDER = Path("runs/training_quality")
-DEFAULT_STEPS = 1000
+DEFAULT_STEPS = 3000
 _VALIDATION_FRACTION = 0.05
 _QUICK_STEPS = 25
 _QUICK_BYTES = 1_200_000
@@ -63,7 +63,7 @@ def main() -> None:
     )
     parser.add_argument("--prose", type=Path, help="folder of English text (default: what this machine has)")
     parser.add_argument(
-        "--steps", type=int, default=DEFAULT_STEPS, help=f"of a run, 2,048 tokens each (default: {DEFAULT_STEPS})"
+        "--steps", type=int, default=DEFAULT_STEPS, help=f"of a run, 1,024 tokens each (default: {DEFAULT_STEPS})"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: one a core)")
     arguments = parser.parse_args()

@@ -14,7 +14,7 @@ def losses_of(cells, best):
     }
 
 
-BEST = {"ternary": 8e-3, "float": 4e-3, "int4-experts": 2e-3, "binary": 4e-3}
+BEST = {"ternary": 4e-3, "float": 2e-3, "int4-experts": 2e-3, "binary": 4e-3}
 
 
 def test_only_the_first_sweep_is_known_at_the_start():
@@ -25,8 +25,8 @@ def test_a_precision_goes_on_when_its_own_sweep_is_finished():
     finished = losses_of([cell for cell in small_sweep({}, STEPS) if cell.precision == "ternary"], BEST)
     new = set(plan(finished, STEPS)) - set(small_sweep({}, STEPS))
     assert {cell.precision for cell in new} == {"ternary"}
-    assert {cell.peak_learning_rate for cell in new if cell.size == "small"} == {8e-3}
-    assert {cell.peak_learning_rate for cell in new if cell.size == "middle"} == {8e-3, 4e-3}
+    assert {cell.peak_learning_rate for cell in new if cell.size == "small"} == {4e-3}
+    assert {cell.peak_learning_rate for cell in new if cell.size == "middle"} == {4e-3, 2e-3}
 
 
 def test_the_whole_plan_has_every_size_precision_and_seed_at_its_best_rate():
@@ -46,20 +46,20 @@ def test_the_whole_plan_has_every_size_precision_and_seed_at_its_best_rate():
 def test_the_best_rate_waits_for_the_whole_sweep():
     sweep = sweep_of({}, "small", "float", STEPS)
     losses = losses_of(sweep, BEST)
-    assert best_rate(losses, "small", "float", STEPS) == 4e-3
+    assert best_rate(losses, "small", "float", STEPS) == 2e-3
     del losses[sweep[-1]]
     assert best_rate(losses, "small", "float", STEPS) is None
     assert sweep_of(losses, "middle", "float", STEPS) == []
 
 
 def test_a_sweep_goes_on_until_the_best_rate_lies_between_others():
-    best = {**BEST, "ternary": 1.9e-3}
+    best = {**BEST, "ternary": 0.9e-3}
     cells, lowest = small_sweep({}, STEPS), []
     for _ in range(3):
         cells = small_sweep(losses_of(cells, best), STEPS)
         lowest.append(min(cell.peak_learning_rate for cell in cells if cell.precision == "ternary"))
-    assert lowest == [2e-3, 1e-3, 1e-3]
-    assert best_rate(losses_of(cells, best), "small", "ternary", STEPS) == 2e-3
+    assert lowest == [1e-3, 5e-4, 5e-4]
+    assert best_rate(losses_of(cells, best), "small", "ternary", STEPS) == 1e-3
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"peak_learning_rate": 1.0}, {"corpus": "prose"}, {"num_steps": 7}])

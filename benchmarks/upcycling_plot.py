@@ -63,4 +63,4 @@ def _draw(axes: Axes, points: Sequence[Metric]) -> None:
             axes.plot(*zip(*line, strict=True), "o-", color=color, linewidth=1.8, markersize=4, label=label)
     axes.set_xlabel("tokens of continued training", color=MUTED)
     style_axes(axes)
-    axes.legend(frameon=False, fontsize="small", labelcolor=MUTED)
+    axes.legend(frameon=False, fontsize="small", labelcolor=MUTED, loc="center right")

@@ -43,7 +43,6 @@ def plot_upcycling(metrics: Sequence[Metric], path: Path) -> None:
         _draw(near_dense[column], [point for point in of_text if point.detail["model"] in _NEAR_DENSE])
         all_models[column].set_yscale("log")
         all_models[column].set_title(f"PPL on {text}", loc="left", color=INK, fontweight="bold", fontsize="medium")
-        near_dense[column].margins(y=0.25)  # room for the legend
         near_dense[column].set_title("the same, near the dense model", loc="left", color=INK, fontsize="medium")
     save_figure(figure, path, points[0], str(points[0].detail["source"]))
 
@@ -61,6 +60,7 @@ def _draw(axes: Axes, points: Sequence[Metric]) -> None:
         if line:
             label = f"{_LABELS[model]}, {line[-1][1]:.3g} at the end"
             axes.plot(*zip(*line, strict=True), "o-", color=color, linewidth=1.8, markersize=4, label=label)
+    axes.margins(y=0.3)  # room for the legend
     axes.set_xlabel("tokens of continued training", color=MUTED)
     style_axes(axes)
-    axes.legend(frameon=False, fontsize="small", labelcolor=MUTED, loc="center right")
+    axes.legend(edgecolor="none", framealpha=0.9, fontsize="small", labelcolor=MUTED, loc="upper right")

@@ -64,6 +64,8 @@ def _draw_gaps(axes: Axes, metrics: Sequence[Metric]) -> None:
         if metric.metric.endswith(".validation_ppl")
     }
     gaps = [metric for metric in metrics if metric.metric.endswith("ppl_vs_twin") and metric.detail["corpus"] == "code"]
+    if not gaps:
+        return
     for precision in ("ternary", "int4-experts", "binary"):
         points = sorted((active[m.detail["size"]], m) for m in gaps if m.detail["precision"] == precision)
         color = _COLORS[precision]
@@ -80,6 +82,8 @@ def _draw_gaps(axes: Axes, metrics: Sequence[Metric]) -> None:
 
 
 def _draw_sweeps(axes: Axes, sweeps: Sequence[Metric]) -> None:
+    if not sweeps:
+        return
     styles = {"small": "-", "middle": "--", "large": ":"}
     for size, style in styles.items():
         for precision, color in _COLORS.items():

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.disturbance import other_cpu_share, read_cpu_times
 from benchmarks.harness import Report, add_arguments
+from benchmarks.training_speed_plot import plot_training_speed
 from benchmarks.training_steps import SHAPE, Turns, stepper, take_turns, train_config
 from benchmarks.training_workers import time_workers
 from cluster.training.compilation import compile_blocks
@@ -38,6 +39,8 @@ def main() -> None:
         num_turns = 5 if report.is_quick else 25
         measure_precisions(report, _PRECISIONS[:2] if report.is_quick else _PRECISIONS, num_turns)
         measure_workers(report, num_turns)
+    if report.output_path is not None:
+        plot_training_speed(report.metrics, report.output_path.with_suffix(".png"))
 
 
 def measure_precisions(report: Report, precisions: Sequence[Precision], num_turns: int) -> None:

@@ -77,6 +77,13 @@ def run_cells(plan: Plan, folder: Path, num_jobs: int, is_quick: bool, progress:
         raise
 
 
+def read_finished(plan: Plan, folder: Path) -> Results:
+    """Return the results of the cells of a plan that are finished; nothing is trained."""
+    results: Results = {}
+    cells = _read_finished(plan, folder, results)
+    return {cell: results[cell] for cell in cells if cell in results}
+
+
 def _read_finished(plan: Plan, folder: Path, results: Results) -> list[Cell]:
     """Add the results of finished cells until the plan grows no more; returns its cells."""
     while True:

@@ -5,7 +5,8 @@
 Ternary, float and int4-experts models of 1.1, 4.5 and 12.0 million active parameters (8 experts, top 2, the same
 sub-norms, the same batches in the same order) read the standard library's sources; the smallest also English prose.
 Every precision has the best peak learning rate of its own sweep (``training_plan``). The whole table takes under
-three hours on two idle cores; what is finished stays in the folder, and the same command goes on after an interruption.
+three hours on two idle cores; what is finished stays in the folder, and the same command goes on after an interruption
+(``--finished`` reports without going on).
 ``--quick`` trains two very small shapes for some steps in less than a minute: it shows that everything works.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.harness import Report, add_arguments
 from benchmarks.prose import prose_documents
-from benchmarks.training_cells import Plan, Results, run_cells
+from benchmarks.training_cells import Plan, Results, read_finished, run_cells
 from benchmarks.training_plan import (
     COMPARED,
     SIZES,
@@ -66,6 +67,7 @@ def main() -> None:
         "--steps", type=int, default=DEFAULT_STEPS, help=f"of a run, 1,024 tokens each (default: {DEFAULT_STEPS})"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: one a core)")
+    parser.add_argument("--finished", action="store_true", help="report the runs that are finished; train nothing")
     arguments = parser.parse_args()
     with ExitStack() as stack:
         report = stack.enter_context(Report("training_quality", arguments))
@@ -76,11 +78,14 @@ def main() -> None:
             rates = {(size, precision): _QUICK_RATE for size in _QUICK_SIZES for precision in COMPARED}
             _report(report, gather(results, _QUICK_STEPS, rates), _QUICK_SIZES)
             return
-        _build_data("code", lambda: collect_documents([]).documents, arguments.folder)
-        _build_data("prose", lambda: prose_documents(arguments.prose), arguments.folder)
         steps = arguments.steps
         this_plan: Plan = lambda losses: plan(losses, steps)  # noqa: E731 - steps belong to the plan
-        results = run_cells(this_plan, arguments.folder, arguments.jobs, False, report.progress)
+        if arguments.finished:
+            results = read_finished(this_plan, arguments.folder)
+        else:
+            _build_data("code", lambda: collect_documents([]).documents, arguments.folder)
+            _build_data("prose", lambda: prose_documents(arguments.prose), arguments.folder)
+            results = run_cells(this_plan, arguments.folder, arguments.jobs, False, report.progress)
         losses = {cell: float(result["validation_loss"]) for cell, result in results.items()}
         precisions: tuple[Precision, ...] = (*COMPARED, "binary")
         rates = {
@@ -121,7 +126,7 @@ def _report_sweeps(report: Report, results: Results, num_steps: int) -> None:
     for size in SIZES:
         precisions: tuple[Precision, ...] = (*COMPARED, "binary") if size == "small" else COMPARED
         for precision in precisions:
-            for cell in sweep_of(losses, size, precision, num_steps):
+            for cell in (cell for cell in sweep_of(losses, size, precision, num_steps) if cell in results):
                 report.add(
                     "sweep_ppl",
                     float(results[cell]["validation_ppl"]),

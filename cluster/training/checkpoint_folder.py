@@ -70,6 +70,7 @@ def commit(unfinished: Path, folder: Path, world_size: int, model_config: ModelC
     for rank, path in enumerate(paths):
         try:
             sums[path.name] = str(read_json(_sum_path(path))["sha256"])
+            path.stat()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{path}: worker {rank} wrote its part of the checkpoint, and worker 0 does not see it. "

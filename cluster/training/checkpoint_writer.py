@@ -56,13 +56,13 @@ class CheckpointWriter:
         self._model_config = model_config
         self._config = config
         self._data_fingerprint = data_fingerprint
+        if engine.rank == 0:  # before the message: after it others may begin to write
+            delete_unfinished(config.out_folder)
         self._attempt = int(tell_all(engine, [float(secrets.randbelow(2**40))])[0])
         self._state = TrainingState()
         self._task: _Task | None = None
         self._is_committing = False
         self._is_abandoned = False  # its loss turned out to be bad
-        if engine.rank == 0:
-            delete_unfinished(config.out_folder)
 
     @property
     def is_idle(self) -> bool:

@@ -80,6 +80,7 @@ def test_a_frozen_backbone_stays_while_experts_learn(dense, texts):
     assert changed == {name for name in before if ".moe.experts." in name or ".moe.router." in name}
 
 
+@pytest.mark.slow
 def test_without_a_frozen_backbone_everything_learns(dense, texts):
     model = upcycled(dense, texts, "ternary")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -87,6 +88,7 @@ def test_without_a_frozen_backbone_everything_learns(dense, texts):
     assert all(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_training_ends_when_its_time_is_over(dense, texts):
     points = []
     last = train_on(upcycled(dense, texts), texts, dataclasses.replace(COURSE, max_s=0.0), points.append)

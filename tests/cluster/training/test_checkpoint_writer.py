@@ -6,7 +6,7 @@ import torch
 from worker_threads import ThreadGroup
 
 from cluster.training import checkpoint_writer
-from cluster.training.checkpoint_folder import write_part
+from cluster.training.checkpoint_folder import commit, write_part
 from cluster.training.checkpoint_writer import CheckpointWriter
 from cluster.training.checkpointing import latest_checkpoint, read_model
 from cluster.training.fragments import Fragment, share_of
@@ -185,3 +185,25 @@ def test_leftovers_of_killed_workers_are_deleted(model, config, writer_of):
     assert latest_checkpoint(config.out_folder) is None
     ThreadGroup(2).run(writer_of)
     assert not leftover.exists()
+
+
+def test_what_killed_writers_left_is_deleted_before_others_begin(config, writer_of, monkeypatch):
+    """A worker that is ahead of worker 0 must not lose what it writes."""
+    deletions = []
+    monkeypatch.setattr(checkpoint_writer, "delete_unfinished", lambda folder: deletions.append(time.sleep(0.2)))
+
+    def run(worker):
+        writer_of(worker)
+        return len(deletions)
+
+    assert ThreadGroup(2).run(run) == [1, 1]
+
+
+def test_a_part_that_is_lost_before_the_folder_is_named_is_an_error(model_config, tmp_path):
+    unfinished = tmp_path / ".step_000001.1"
+    for rank in range(2):
+        write_part(unfinished, [], rank, 2)
+    (unfinished / "shard-00001-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="worker 1 wrote its part"):
+        commit(unfinished, tmp_path / "step_000001", 2, model_config, {})
+    assert not (tmp_path / "step_000001").exists()

@@ -1,10 +1,10 @@
 """Which models the quality benchmark trains, in which order, and at which learning rates.
 
-A cell is one training run. Each precision's best peak learning rate is found by a sweep of its own at the two
-smaller sizes, by probes a fifth as long at the largest; only then are its other seeds known::
+A cell is one training run. Each precision's best peak learning rate is found by a sweep of its own: of whole runs at
+the smallest size, of probes a fifth as long at the two larger ones; only then are its other cells known::
 
-    small: sweep ──► other seeds, prose, and the rates to try at middle
-    middle: sweep ──► other seed, and the rates to try at large
+    small: sweep ──► other seeds, prose, and the rates to probe at middle
+    middle: probes ──► two seeds, and the rates to probe at large
     large: probes ──► one run
 
 A sweep goes on until its best rate lies between two others, or is the best of the next smaller size. At the largest
@@ -23,6 +23,8 @@ Corpus = Literal["code", "prose"]
 
 SIZES = ("small", "middle", "large")
 COMPARED: tuple[Precision, ...] = ("ternary", "float", "int4-experts")
+SWEPT: tuple[Precision, ...] = (*COMPARED, "binary")
+"""Precisions at the smallest size, on the code corpus; binary with one seed."""
 SEEDS = {"small": (0, 1, 2), "middle": (0, 1), "large": (0,)}
 """Seeds of each size on the code corpus; prose is trained at the smallest, with as many."""
 
@@ -98,19 +100,18 @@ def plan(losses: Losses, num_steps: int) -> list[Cell]:
         num_steps: of a whole run.
     """
     cells = small_sweep(losses, num_steps)
-    precisions: tuple[Precision, ...] = (*COMPARED, "binary")
-    best = {precision: best_rate(losses, "small", precision, num_steps) for precision in precisions}
+    best = {precision: best_rate(losses, "small", precision, num_steps) for precision in COMPARED}
     cells += [
         Cell("code", "small", precision, rate, seed, num_steps)
         for precision in COMPARED
         for seed in SEEDS["small"][1:]
         if (rate := best[precision])
     ]
-    cells += middle_sweep(losses, num_steps)
+    cells += middle_probes(losses, num_steps)
     cells += large_probes(losses, num_steps)
     cells += [
         Cell("code", size, precision, rate, seed, num_steps)
-        for size in ("large", "middle")
+        for size in ("large", "middle")  # the longest first: two cores then end together
         for seed in SEEDS[size]
         for precision in COMPARED
         if (rate := best_rate(losses, size, precision, num_steps))
@@ -132,19 +133,19 @@ def small_sweep(losses: Losses, num_steps: int) -> list[Cell]:
     return cells
 
 
-def middle_sweep(losses: Losses, num_steps: int) -> list[Cell]:
-    """Return the cells of the sweep at the middle size: from the best rate of the smallest down."""
-    return _sweep_down(losses, "small", "middle", num_steps, num_steps)
+def middle_probes(losses: Losses, num_steps: int) -> list[Cell]:
+    """Return the short cells of the middle size: from the best rate of the smallest down."""
+    return _probes(losses, "small", "middle", num_steps)
 
 
 def large_probes(losses: Losses, num_steps: int) -> list[Cell]:
     """Return the short cells of the largest size: from the best rate of the middle one down."""
-    return _sweep_down(losses, "middle", "large", num_steps, num_steps // _PROBE_SHARE)
+    return _probes(losses, "middle", "large", num_steps)
 
 
 def sweep_of(losses: Losses, size: str, precision: Precision, num_steps: int) -> list[Cell]:
     """Return the cells that decide the learning rate of a size and precision; empty if they are not known yet."""
-    sweep = {"small": small_sweep, "middle": middle_sweep, "large": large_probes}[size]
+    sweep = {"small": small_sweep, "middle": middle_probes, "large": large_probes}[size]
     return [cell for cell in sweep(losses, num_steps) if cell.precision == precision]
 
 
@@ -156,11 +157,11 @@ def best_rate(losses: Losses, size: str, precision: Precision, num_steps: int) -
     return min(cells, key=lambda cell: losses[cell]).peak_learning_rate
 
 
-def _sweep_down(losses: Losses, smaller: str, size: str, num_steps: int, sweep_steps: int) -> list[Cell]:
+def _probes(losses: Losses, smaller: str, size: str, num_steps: int) -> list[Cell]:
     cells: list[Cell] = []
     for precision in COMPARED:
         if rate := best_rate(losses, smaller, precision, num_steps):
-            pair = [Cell("code", size, precision, factor * rate, 0, sweep_steps) for factor in (0.5, 1.0)]
+            pair = [Cell("code", size, precision, factor * rate, 0, num_steps // _PROBE_SHARE) for factor in (0.5, 1.0)]
             cells += _widen(pair, losses)
     return cells
 

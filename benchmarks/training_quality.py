@@ -23,6 +23,7 @@ from benchmarks.training_cells import Plan, Results, read_finished, run_cells
 from benchmarks.training_plan import (
     COMPARED,
     SIZES,
+    SWEPT,
     VOCAB_SIZE,
     Cell,
     Corpus,
@@ -87,12 +88,10 @@ def main() -> None:
             _build_data("prose", lambda: prose_documents(arguments.prose), arguments.folder)
             results = run_cells(this_plan, arguments.folder, arguments.jobs, False, report.progress)
         losses = {cell: float(result["validation_loss"]) for cell, result in results.items()}
-        precisions: tuple[Precision, ...] = (*COMPARED, "binary")
         rates = {
             (size, precision): best_rate(losses, size, precision, steps)
             for size in SIZES
-            for precision in precisions
-            if size == "small" or precision in COMPARED
+            for precision in _precisions(size)
         }
         _report_sweeps(report, results, steps)
         _report(report, gather(results, steps, rates), SIZES)
@@ -101,6 +100,10 @@ def main() -> None:
 
 
 _QUICK_SIZES = ("quick", "quick-wide")
+
+
+def _precisions(size: str) -> tuple[Precision, ...]:
+    return SWEPT if size == SIZES[0] else COMPARED
 
 
 def _plan_quick(losses: object) -> list[Cell]:
@@ -124,8 +127,7 @@ def _build_data(corpus: Corpus, documents: Callable[[], "list[Document] | tuple[
 def _report_sweeps(report: Report, results: Results, num_steps: int) -> None:
     losses = {cell: float(result["validation_loss"]) for cell, result in results.items()}
     for size in SIZES:
-        precisions: tuple[Precision, ...] = (*COMPARED, "binary") if size == "small" else COMPARED
-        for precision in precisions:
+        for precision in _precisions(size):
             for cell in (cell for cell in sweep_of(losses, size, precision, num_steps) if cell in results):
                 report.add(
                     "sweep_ppl",

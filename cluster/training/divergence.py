@@ -79,7 +79,7 @@ def check_finite(step: int, losses: tuple[float, float, float], model: nn.Module
 
 
 def check_finite_parameters(step: int, model: nn.Module) -> None:
-    """Check a model before it is written as a checkpoint: a finite loss may have had gradients that were not.
+    """Check a model after a backward pass whose gradient norm is not finite: the message names where it began.
 
     Raises:
         TrainingError: a parameter or gradient is not finite; the message names the first one.

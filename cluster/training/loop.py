@@ -109,6 +109,7 @@ class TrainingLoop:
         self.peak_learning_rate = peak_learning_rate
         self.hooks = hooks
         self._watch = LossWatch(config.max_loss_rise, hooks.recent_losses)
+        self._gradient_norm: float | None = None  # of the last update
         self._saved_at = 0.0
         self._untold_bytes = 0
 
@@ -182,12 +183,13 @@ class TrainingLoop:
                 f"step {step + 1}: the norm of the gradient is {gradient_norm}; no update was made. The last "
                 f"checkpoint is kept. Train in another out_folder with a lower peak_learning_rate or a longer warm-up."
             )
+        self._gradient_norm = gradient_norm
         return replace(_join(parts), gradient_norm=gradient_norm)
 
     def _check_losses(self, step: int, losses: tuple[float, float, float]) -> None:
         check_finite(step + 1, losses, self.engine.model)
         try:
-            self._watch.check(step + 1, losses[0])
+            self._watch.check(step + 1, losses[0], self._gradient_norm)
         except TrainingError:
             self.hooks.checkpoints.discard(step)
             raise

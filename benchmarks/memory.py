@@ -8,7 +8,7 @@ torch alike. A model's intermediate results live in memory that is reused, so be
 import os
 import sys
 
-_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
+from cluster.training.allocator import KEEP_FREED_MEMORY
 
 
 def keep_freed_memory(module: str) -> None:
@@ -17,6 +17,6 @@ def keep_freed_memory(module: str) -> None:
     Args:
         module: dotted name of the benchmark, for ``python -m``.
     """
-    if any(os.environ.get(name) != value for name, value in _SETTINGS.items()):
-        os.environ.update(_SETTINGS)
+    if any(os.environ.get(name) != value for name, value in KEEP_FREED_MEMORY.items()):
+        os.environ.update(KEEP_FREED_MEMORY)
         os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])

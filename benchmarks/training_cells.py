@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.training_plan import BATCH_SIZE, SEQ_LEN, Cell, Losses, model_config
+from cluster.training.allocator import KEEP_FREED_MEMORY
+from cluster.training.checkpoint_folder import CHECKPOINTS_FOLDER
 from cluster.training.config import TrainConfig
 from cluster.training.engine import TorchEngine
 from cluster.training.evaluation import evaluate
@@ -36,8 +38,6 @@ Results = dict[Cell, Result]
 Plan = Callable[[Losses], list[Cell]]
 
 _STOP_TIMEOUT_S = 120
-# Freed tensors stay mapped, as in training workers (cluster/training/ray_trainer.py).
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 _EVAL_BATCHES = 64
 _QUICK_EVAL_BATCHES = 4
 
@@ -106,7 +106,7 @@ def _start(cell: Cell, folder: Path, is_quick: bool) -> "subprocess.Popen[bytes]
         "is_quick": is_quick,
     }
     write_json_atomically(cell_folder / "cell.json", settings)
-    environment = {**os.environ, **_ALLOCATOR, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **KEEP_FREED_MEMORY, "OMP_NUM_THREADS": "1"}
     with (cell_folder / "output.txt").open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "benchmarks.training_cells", str(cell_folder)],
@@ -167,7 +167,7 @@ def train_cell(folder: Path) -> None:
     if cell.precision == "float":
         summary["rounded_validation_loss"] = _rounded_loss(folder / "model", train_config)
     write_json_atomically(folder / "result.json", summary)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
 
 
 def _rounded_loss(model_folder: Path, train_config: TrainConfig) -> float:

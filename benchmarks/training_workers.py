@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.training_steps import SHAPE, stepper, take_turns, train_config
+from cluster.training.allocator import KEEP_FREED_MEMORY
 from cluster.training.compilation import compile_blocks
 from cluster.training.expert_parallel.division import ExpertDivision
 from cluster.training.expert_parallel.messages import RowLayout
@@ -58,8 +59,7 @@ def time_workers(num_workers: int, batch_size: int, seq_len: int, num_turns: int
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        "MALLOC_MMAP_THRESHOLD_": str(2**32),
-        "MALLOC_TRIM_THRESHOLD_": str(2**33),
+        **KEEP_FREED_MEMORY,
     }
     with tempfile.TemporaryDirectory() as folder:
         arguments = [str(num_workers), str(Path(folder) / "store"), str(batch_size), str(seq_len), str(num_turns)]

@@ -66,9 +66,9 @@ class ExpertInput:
     activation_scale: Tensor | None
 
     def take(self, indices: Tensor) -> "ExpertInput":
-        """Return the rows at ``indices`` (int64 ``[m]``)."""
-        scale = None if self.activation_scale is None else self.activation_scale[indices]
-        return ExpertInput(self.rows[indices], scale)
+        """Return the rows at ``indices`` (int64 ``[m]``); on a CPU this has a faster gradient than ``[indices]``."""
+        scale = None if self.activation_scale is None else self.activation_scale.index_select(0, indices)
+        return ExpertInput(self.rows.index_select(0, indices), scale)
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:

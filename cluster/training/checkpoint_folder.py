@@ -36,8 +36,13 @@ def unfinished_path(out_folder: Path, step: int, attempt: int) -> Path:
 def checkpoint_folders(out_folder: Path) -> list[Path]:
     """Return the folders of a run's checkpoints, newest first; some may be damaged."""
     parent = out_folder / CHECKPOINTS_FOLDER
-    found = [(match, path) for path in parent.glob("step_*") if (match := _FOLDER_PATTERN.fullmatch(path.name))]
-    return [path for match, path in sorted(found, key=lambda pair: int(pair[0][1]), reverse=True)]
+    found = [path for path in parent.glob("step_*") if _FOLDER_PATTERN.fullmatch(path.name)]
+    return sorted(found, key=checkpoint_step, reverse=True)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Return the steps that were done when a checkpoint's folder was written."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def write_part(folder: Path, fragments: list[Fragment], rank: int, world_size: int) -> None:

@@ -17,7 +17,6 @@ built. What it works around (DeepSpeed 0.19.8):
 - ZeRO 3 fetches the parameters of modules that are called and return tensors; where ours do not, it is told.
 """
 
-import copy
 import logging
 import math
 import os
@@ -26,11 +25,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from cluster.training.config import TrainConfig
-from cluster.training.deepspeed_state import load_zero, zero_fragments
-from cluster.training.engine import autocast, predict
+from cluster.training.deepspeed_state import ZeroState
+from cluster.training.engine import autocast, on_cpu, predict
 from cluster.training.expert_parallel.division import check_expert_parallel
 from cluster.training.expert_parallel.exchange import ExpertGroup
 from cluster.training.expert_parallel.sharding import (
@@ -40,7 +39,7 @@ from cluster.training.expert_parallel.sharding import (
     shard_experts,
 )
 from cluster.training.fragments import Fragment, FragmentReader, load_whole, whole_fragments
-from cluster.training.optimizer import freeze_backbone, parameter_groups
+from cluster.training.optimizer import build_optimizer, freeze_backbone, parameter_groups
 from cluster.transport.meter import TrafficMeter
 from moe_bitnet.config import ModelConfig
 from moe_bitnet.errors import ConfigError
@@ -85,18 +84,13 @@ class DeepSpeedEngine:
             shard_experts(model, self._workers, config.exchange_dtype, is_compiled)
             mark_for_group(model, _group_name(config.expert_parallel))
             module.marker = _expert_marker(config.expert_parallel, model.config.num_experts)
-        self.optimizer = AdamW(
-            _groups_for_deepspeed(model),
-            lr=0.0,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=0.0,
-            foreach=True,
-        )
+        self.optimizer: Optimizer = build_optimizer(_groups_for_deepspeed(model), config.adam_beta1, config.adam_beta2)
         if config.stage == 3:
             self._declare_parameters(module)
-        self._engine, self._zero, *_ = deepspeed.initialize(
+        self._engine, zero, *_ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=_deepspeed_config(model, config, self.world_size)
         )
+        self._state = ZeroState(model, zero, self.optimizer, config.stage, self.rank, self.world_size)
         # one worker has nobody to average with, and copying all gradients for that costs 3 % of a step
         if config.stage == 0:
             self._engine.enable_backward_allreduce = self.world_size > 1
@@ -156,23 +150,14 @@ class DeepSpeedEngine:
         """Fulfil :class:`~cluster.training.engine.Engine`."""
         if self._config.stage == 0:
             return whole_fragments(self.model, self.optimizer, self.rank, self.world_size)
-        return zero_fragments(self.model, self._zero, self.optimizer, self._config.stage, self.rank, self.world_size)
+        return self._state.fragments()
 
     def load(self, read: FragmentReader, optimizer_step: int) -> None:
         """Fulfil :class:`~cluster.training.engine.Engine`."""
         if self._config.stage == 0:
             load_whole(self.model, self.optimizer, read, optimizer_step)
         else:
-            load_zero(
-                self.model,
-                self._zero,
-                self.optimizer,
-                self._config.stage,
-                self.rank,
-                self.world_size,
-                read,
-                optimizer_step,
-            )
+            self._state.load(read, optimizer_step)
 
     def full_model(self) -> MoETransformer | None:
         """Fulfil :class:`~cluster.training.engine.Engine`; the model itself where it is whole and on the CPU."""
@@ -182,7 +167,7 @@ class DeepSpeedEngine:
             return self._gather_parameters()
         if self.rank:
             return None
-        return self.model if self.device.type == "cpu" else copy.deepcopy(self.model).cpu()
+        return on_cpu(self.model)
 
     def _declare_parameters(self, module: nn.Module) -> None:
         """Tell ZeRO 3 where parameters are used: it follows modules that are called, and tensors that they return."""

@@ -11,6 +11,7 @@ A frozen parameter has no state; whoever holds it whole gives an even share of i
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,117 +23,128 @@ from cluster.training.fragments import MOMENTS, Fragment, FragmentReader, adam_s
 from moe_bitnet.model import MoETransformer
 
 
-def zero_fragments(
-    model: MoETransformer, zero: Any, optimizer: Optimizer, stage: int, rank: int, world_size: int
-) -> list[Fragment]:
-    """Return what this worker keeps.
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """A run of one parameter, or of a moment of it, that this worker keeps.
 
-    Args:
+    Attributes:
+        name: of the parameter.
+        parameter: as this worker has it.
+        moment: one of ``MOMENTS``, or ``None`` for the parameter itself.
+        start: first element, in this worker's flattened parameter.
+        values: live, flat.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    moment: str | None
+    start: int
+    values: Tensor
+
+    @property
+    def key(self) -> str:
+        """Name of the global tensor."""
+        return self.name if self.moment is None else f"{self.name}.{self.moment}"
+
+
+@dataclass(frozen=True, eq=False)
+class ZeroState:
+    """What one worker keeps of a model and its optimizer under ZeRO 1 to 3.
+
+    Attributes:
         model: with DeepSpeed's parameters.
-        zero: DeepSpeed's optimizer of stage 1, 2 or 3.
+        zero: DeepSpeed's optimizer of that stage.
         optimizer: the AdamW within.
-        stage: of ZeRO.
+        stage: of ZeRO, 1 to 3.
         rank: of this worker.
         world_size: workers that train together.
     """
-    shapes = global_shapes(model)
-    fragments = []
-    for name, parameter, moment, start, values in _pieces(model, zero, optimizer, stage, rank, world_size):
-        shape, first = shapes[name]
-        key = name if moment is None else f"{name}.{moment}"
-        fragments.append(Fragment(key, shape, first + start, values.detach()))
-        del parameter
-    return fragments
 
+    model: MoETransformer
+    zero: Any
+    optimizer: Optimizer
+    stage: int
+    rank: int
+    world_size: int
 
-def load_zero(
-    model: MoETransformer,
-    zero: Any,
-    optimizer: Optimizer,
-    stage: int,
-    rank: int,
-    world_size: int,
-    read: FragmentReader,
-    optimizer_step: int,
-) -> None:
-    """Fill what this worker keeps, and bring all workers' parameters up to date; every worker must call it.
+    def fragments(self) -> list[Fragment]:
+        """Return what this worker keeps."""
+        shapes = global_shapes(self.model)
+        fragments = []
+        for piece in self._pieces():
+            shape, first = shapes[piece.name]
+            fragments.append(Fragment(piece.key, shape, first + piece.start, piece.values.detach()))
+        return fragments
 
-    Args:
-        model: with DeepSpeed's parameters.
-        zero: DeepSpeed's optimizer of stage 1, 2 or 3.
-        optimizer: the AdamW within.
-        stage: of ZeRO.
-        rank: of this worker.
-        world_size: workers that train together.
-        read: gives runs of global tensors.
-        optimizer_step: updates that were done.
-    """
-    shapes = global_shapes(model)
-    with torch.no_grad():
-        for name, parameter, moment, start, values in _pieces(model, zero, optimizer, stage, rank, world_size):
-            first = shapes[name][1]
-            if not parameter.requires_grad and stage < 3:  # every worker holds it whole
-                parameter.copy_(read(name, first, parameter.numel()).view(parameter.shape))
+    def load(self, read: FragmentReader, optimizer_step: int) -> None:
+        """Fill what this worker keeps, and bring all workers' parameters up to date; every worker must call it.
+
+        Args:
+            read: gives runs of global tensors.
+            optimizer_step: updates that were done.
+        """
+        shapes = global_shapes(self.model)
+        with torch.no_grad():
+            for piece in self._pieces():
+                parameter, first = piece.parameter, shapes[piece.name][1]
+                if not parameter.requires_grad and self.stage < 3:  # every worker holds it whole
+                    parameter.copy_(read(piece.name, first, parameter.numel()).view(parameter.shape))
+                else:
+                    piece.values.copy_(read(piece.key, first + piece.start, piece.values.numel()))
+            for flat in self._flat_partitions():
+                adam_state(self.optimizer, flat)["step"].fill_(optimizer_step)
+            if self.stage == 3:
+                for parameter in self.model.parameters():
+                    if parameter.requires_grad:
+                        partition: Any = parameter.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed put it there
+                        partition.data.copy_(self.zero.get_local_fp32_param(parameter).view_as(partition))
             else:
-                values.copy_(read(name if moment is None else f"{name}.{moment}", first + start, values.numel()))
-        for flat in _flat_partitions(zero, stage):
-            adam_state(optimizer, flat)["step"].fill_(optimizer_step)
-        if stage == 3:
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    master = zero.get_local_fp32_param(parameter)
-                    parameter.ds_tensor.data.copy_(master.view_as(parameter.ds_tensor))  # type: ignore[attr-defined]
-        else:
-            zero.update_lp_params()
+                self.zero.update_lp_params()
 
+    def _pieces(self) -> Iterator[_Piece]:
+        for name, parameter in self.model.named_parameters():
+            if self.stage == 3:
+                yield from self._pieces_of_stage_3(name, parameter)
+            elif not parameter.requires_grad:
+                start, count = share_of(parameter.numel(), self.rank, self.world_size)
+                yield _Piece(name, parameter, None, start, parameter.detach().reshape(-1)[start : start + count])
+            else:
+                yield from self._pieces_of_partition(name, parameter)
 
-def _pieces(
-    model: nn.Module, zero: Any, optimizer: Optimizer, stage: int, rank: int, world_size: int
-) -> Iterator[tuple[str, nn.Parameter, str | None, int, Tensor]]:
-    """Yield name, parameter, moment or ``None``, first element within this worker's parameter, and live values."""
-    for name, parameter in model.named_parameters():
-        if stage == 3:
-            yield from _pieces_of_stage_3(name, parameter, zero, optimizer, rank)
-        elif not parameter.requires_grad:
-            start, count = share_of(parameter.numel(), rank, world_size)
-            yield name, parameter, None, start, parameter.detach().reshape(-1)[start : start + count]
-        else:
-            yield from _pieces_of_partition(name, parameter, zero, optimizer)
+    def _pieces_of_partition(self, name: str, parameter: Any) -> Iterator[_Piece]:
+        mapping = parameter._hp_mapping
+        if mapping is None:  # in the partition of another worker
+            return
+        address = mapping.hp_fragment_address
+        flat = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        start = mapping.lp_fragment_address.start
+        yield from self._pieces_of_flat(name, parameter, start, flat, address.start, address.numel)
 
+    def _pieces_of_stage_3(self, name: str, parameter: Any) -> Iterator[_Piece]:
+        start = self.rank * parameter.ds_tensor.ds_numel
+        count = max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start))
+        if not count:
+            return
+        if not parameter.requires_grad:
+            yield _Piece(name, parameter, None, start, parameter.ds_tensor.detach().view(-1)[:count])
+            return
+        group, place, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        yield from self._pieces_of_flat(
+            name, parameter, start, self.zero.fp32_partitioned_groups_flat[group], place, count
+        )
 
-def _pieces_of_partition(
-    name: str, parameter: Any, zero: Any, optimizer: Optimizer
-) -> Iterator[tuple[str, nn.Parameter, str | None, int, Tensor]]:
-    mapping = parameter._hp_mapping
-    if mapping is None:  # in the partition of another worker
-        return
-    flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-    place = (mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
-    state = adam_state(optimizer, flat)
-    start = mapping.lp_fragment_address.start
-    yield name, parameter, None, start, flat.detach().narrow(0, *place)
-    for moment in MOMENTS:
-        yield name, parameter, moment, start, state[moment].narrow(0, *place)
+    def _pieces_of_flat(
+        self, name: str, parameter: nn.Parameter, start: int, flat: Tensor, place: int, count: int
+    ) -> Iterator[_Piece]:
+        """Yield a parameter and its moments, which lie at ``place`` of a flat partition and of its state."""
+        state = adam_state(self.optimizer, flat)
+        yield _Piece(name, parameter, None, start, flat.detach().narrow(0, place, count))
+        for moment in MOMENTS:
+            yield _Piece(name, parameter, moment, start, state[moment].narrow(0, place, count))
 
-
-def _pieces_of_stage_3(
-    name: str, parameter: Any, zero: Any, optimizer: Optimizer, rank: int
-) -> Iterator[tuple[str, nn.Parameter, str | None, int, Tensor]]:
-    start = rank * parameter.ds_tensor.ds_numel
-    count = max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start))
-    if not count:
-        return
-    if not parameter.requires_grad:
-        yield name, parameter, None, start, parameter.ds_tensor.detach().view(-1)[:count]
-        return
-    group, place, _ = zero.grad_position[zero.get_param_id(parameter)]
-    flat = zero.fp32_partitioned_groups_flat[group]
-    state = adam_state(optimizer, flat)
-    yield name, parameter, None, start, flat.detach().narrow(0, place, count)
-    for moment in MOMENTS:
-        yield name, parameter, moment, start, state[moment].narrow(0, place, count)
-
-
-def _flat_partitions(zero: Any, stage: int) -> list[Tensor]:
-    flat: list[Tensor] = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
-    return flat
+    def _flat_partitions(self) -> list[Tensor]:
+        zero = self.zero
+        flat: list[Tensor] = (
+            zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        )
+        return flat

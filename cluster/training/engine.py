@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from cluster.training.config import ComputeDtype, TrainConfig
 from cluster.training.fragments import Fragment, FragmentReader, load_whole, whole_fragments
-from cluster.training.optimizer import build_optimizer, freeze_backbone
+from cluster.training.optimizer import build_optimizer, freeze_backbone, parameter_groups
 from moe_bitnet.model import ModelOutput, MoETransformer
 
 
@@ -114,7 +114,7 @@ class TorchEngine:
         if config.has_frozen_backbone:
             freeze_backbone(model)
         model.has_activation_checkpointing = config.has_activation_checkpointing
-        self.optimizer: Optimizer = build_optimizer(model, config.adam_beta1, config.adam_beta2)
+        self.optimizer: Optimizer = build_optimizer(parameter_groups(model), config.adam_beta1, config.adam_beta2)
         self.device = model.embedding.weight.device
         self._num_parts = config.gradient_accumulation_steps
         self._gradient_clipping = config.gradient_clipping
@@ -161,12 +161,17 @@ class TorchEngine:
 
     def full_model(self) -> MoETransformer:
         """Fulfil :class:`Engine`; the model itself where it is on the CPU."""
-        return self.model if self.device.type == "cpu" else copy.deepcopy(self.model).cpu()
+        return on_cpu(self.model)
 
 
 def autocast(device: torch.device, compute_dtype: ComputeDtype) -> torch.autocast:
     """Return the context in which matrix products run in ``compute_dtype``."""
     return torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype == "bfloat16")
+
+
+def on_cpu(model: MoETransformer) -> MoETransformer:
+    """Return the model itself where it is on the CPU, else a copy there."""
+    return model if model.embedding.weight.device.type == "cpu" else copy.deepcopy(model).cpu()
 
 
 def predict(model: MoETransformer, token_ids: Tensor, compute_dtype: ComputeDtype, is_compiled: bool) -> ModelOutput:

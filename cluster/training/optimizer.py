@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from moe_bitnet.checkpoint.native import is_routed_expert
+
 _DECAYED_SUFFIXES = (
     *(f"{name}_proj.weight" for name in ("q", "k", "v", "o")),
     *(f"experts.{name}_weight" for name in ("gate", "up", "down")),
@@ -36,7 +38,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 def freeze_backbone(model: nn.Module) -> None:
     """Leave the routed experts, their norms and the routers alone trainable."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_router(name) or ".moe.experts." in name)
+        parameter.requires_grad_(is_router(name) or is_routed_expert(name))
 
 
 def is_decayed(parameter_name: str) -> bool:
@@ -49,12 +51,13 @@ def is_router(parameter_name: str) -> bool:
     return ".moe.router." in parameter_name
 
 
-def build_optimizer(model: nn.Module, adam_beta1: float, adam_beta2: float) -> AdamW:
-    """Make the optimizer; learning rate and weight decay are set before each step by :func:`set_step_size`.
+def build_optimizer(groups: list[dict[str, Any]], adam_beta1: float, adam_beta2: float) -> AdamW:
+    """Make the optimizer of :func:`parameter_groups`, whose groups may have been divided further.
 
-    ``foreach`` updates all parameters of a group in few calls; it needs no compiler, on CPU and GPU alike.
+    Learning rate and weight decay are set before each step by :func:`set_step_size`. ``foreach`` updates all
+    parameters of a group in few calls; it needs no compiler, on CPU and GPU alike.
     """
-    return AdamW(parameter_groups(model), lr=0.0, betas=(adam_beta1, adam_beta2), weight_decay=0.0, foreach=True)
+    return AdamW(groups, lr=0.0, betas=(adam_beta1, adam_beta2), weight_decay=0.0, foreach=True)
 
 
 def set_step_size(optimizer: Optimizer, learning_rate: float, weight_decay: float, router_warmup: float = 1.0) -> None:

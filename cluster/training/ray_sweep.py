@@ -8,7 +8,7 @@ import ray.exceptions
 
 from cluster.config import ClusterConfig
 from cluster.runtime import connect
-from cluster.training.ray_trainer import WORKER_ALLOCATOR
+from cluster.training.allocator import KEEP_FREED_MEMORY
 from cluster.training.stopping import request_stop, withdraw_stop
 from cluster.training.sweep import CellResult, SweepCell, check_cell, finished, run_cell
 from moe_bitnet.errors import ClusterError
@@ -60,7 +60,7 @@ def run_sweep(
 
 
 def _run(cells: Sequence[SweepCell], cpus_per_cell: int, tell: OnResult) -> dict[str, CellResult]:
-    environment = {"OMP_NUM_THREADS": str(cpus_per_cell), **WORKER_ALLOCATOR}
+    environment = {"OMP_NUM_THREADS": str(cpus_per_cell), **KEEP_FREED_MEMORY}
     task = ray.remote(num_cpus=cpus_per_cell, max_retries=_MAX_RESTARTS, runtime_env={"env_vars": environment})(
         run_cell
     )

@@ -22,6 +22,7 @@ import ray.train.torch
 
 from cluster.config import ClusterConfig
 from cluster.runtime import connect
+from cluster.training.allocator import KEEP_FREED_MEMORY
 from cluster.training.config import TrainConfig
 from cluster.training.metrics import METRICS_NAME
 from cluster.training.progress import MetricsFollower, OnProgress
@@ -31,13 +32,13 @@ from cluster.training.ray_gauges import TrainingGauges
 from cluster.training.ray_worker import train_worker
 from cluster.training.run import check_run
 from cluster.training.stopping import request_stop, withdraw_stop
+from cluster.training.summary import SETTINGS_NAME
 from moe_bitnet.config import ModelConfig
 from moe_bitnet.errors import ClusterError, TrainingError
 from moe_bitnet.files import write_json_atomically
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_NAME = "settings.json"
 _RAY_FOLDER = "ray"
 # What a worker may take to finish its step (the first one compiles) and to write a checkpoint.
 _STOP_TIMEOUT_S = 180.0
@@ -51,9 +52,6 @@ _DRIVER_ENVIRONMENT = {
 _FREE_TIMEOUT_S = 10.0
 # Each lasts a minute (Ray's default): what a host may take to come back.
 _MAX_START_TIMEOUTS = 10
-# Freed tensors stay mapped: without these, glibc returns large ones to the kernel and each new one
-# faults its pages in again (log-softmax over the vocabulary: 58 ms instead of 4).
-WORKER_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
 def train(
@@ -126,7 +124,7 @@ def _build_trainer(model_config: ModelConfig, config: TrainConfig) -> Any:
     counts = allowed_worker_counts(config)
     has_gpus = _check_resources(counts[0])
     num_threads = config.threads_per_worker or _threads_per_worker(config.num_workers)
-    environment = {"OMP_NUM_THREADS": str(num_threads), **WORKER_ALLOCATOR, **_DRIVER_ENVIRONMENT}
+    environment = {"OMP_NUM_THREADS": str(num_threads), **KEEP_FREED_MEMORY, **_DRIVER_ENVIRONMENT}
     if not has_gpus:
         environment["DS_ACCELERATOR"] = "cpu"
     settings = {

@@ -18,7 +18,7 @@ import torch
 
 from cluster.training.agreement import first_answers, tell_all
 from cluster.training.batches import Batch, TokenBatches, count_windows, validation_batches
-from cluster.training.checkpoint_folder import checkpoint_folders, checkpoint_path
+from cluster.training.checkpoint_folder import checkpoint_folders, checkpoint_path, checkpoint_step
 from cluster.training.checkpoint_writer import CheckpointWriter
 from cluster.training.checkpointing import check_resumable, latest_checkpoint, list_differences, read_checkpoint
 from cluster.training.compilation import compile_blocks
@@ -185,7 +185,7 @@ def _resume(engine: Engine, model_config: ModelConfig, config: TrainConfig, fing
 
     def find_newest() -> int | None:
         folder = latest_checkpoint(config.out_folder)
-        return None if folder is None else int(folder.name.removeprefix("step_"))
+        return None if folder is None else checkpoint_step(folder)
 
     step = first_answers(engine, find_newest)
     if step is None:

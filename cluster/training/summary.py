@@ -16,6 +16,8 @@ from moe_bitnet.model import MoETransformer
 
 MODEL_FOLDER = "model"
 SUMMARY_NAME = "summary.json"
+SETTINGS_NAME = "settings.json"
+"""Model and training settings that a run was started with."""
 
 
 @dataclass(frozen=True)

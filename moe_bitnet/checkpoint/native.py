@@ -164,6 +164,11 @@ def is_matrix(name: str) -> bool:
     )
 
 
+def is_routed_expert(name: str) -> bool:
+    """Tell by its name whether a tensor of a model's state holds all routed experts of a layer."""
+    return ".moe.experts." in name
+
+
 def _stored(name: str, tensor: Tensor, float_dtype: torch.dtype | None) -> Tensor:
     tensor = tensor.detach().cpu()
     if float_dtype is not None and is_matrix(name):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_bitnet.checkpoint.native import is_matrix
+from moe_bitnet.checkpoint.native import is_matrix, is_routed_expert
 from moe_bitnet.checkpoint.pack import packed_skeleton
 from moe_bitnet.config import ModelConfig
 from moe_bitnet.model import MoETransformer
@@ -48,7 +48,7 @@ def model_sizes(config: ModelConfig, layout: Layout | None = None, float_bytes: 
         packed_skeleton(model, layout)
         float_bytes = 4
     state = model.state_dict()
-    experts = {name: tensor for name, tensor in state.items() if ".moe.experts." in name}
+    experts = {name: tensor for name, tensor in state.items() if is_routed_expert(name)}
     num_experts = config.num_layers * config.num_experts
     all_bytes = sum(_num_bytes(name, tensor, float_bytes) for name, tensor in state.items())
     all_expert_bytes = sum(_num_bytes(name, tensor, float_bytes) for name, tensor in experts.items())

@@ -9,7 +9,7 @@ from typing import get_args
 
 import torch
 
-from moe_bitnet.checkpoint.native import is_matrix
+from moe_bitnet.checkpoint.native import is_matrix, is_routed_expert
 from moe_bitnet.checkpoint.pack import packed_skeleton
 from moe_bitnet.config import ModelConfig
 from moe_bitnet.model import MoETransformer
@@ -46,7 +46,7 @@ def stored_bytes(config: ModelConfig, layout: Layout = "base3") -> int:
 def _bits(name: str, tensor: torch.Tensor, config: ModelConfig) -> float:
     if not tensor.is_floating_point():
         return 8.0  # packed bytes
-    is_routed = ".experts." in name
+    is_routed = is_routed_expert(name)
     is_quantized = is_routed or not config.has_float_backbone
     is_table = name.endswith(("embedding.weight", "lm_head.weight"))
     if config.precision == "binary" and is_matrix(name) and is_quantized and not is_table:

@@ -1,7 +1,6 @@
 """How far a training run is: lines of ``metrics.jsonl`` enter one by one, the numbers that a person watches leave."""
 
 import math
-import re
 import statistics
 import time
 from collections import deque
@@ -9,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.training.attempts import num_restarts, read_attempts
+from cluster.training.checkpoint_folder import checkpoint_folders, checkpoint_step
 
 _WINDOW = 20
 _LOOK_EVERY_S = 1.0
-_CHECKPOINT = re.compile(r"step_(\d+)")
 
 
 class RunProgress:
@@ -101,13 +100,9 @@ class RunFiles:
         attempts = read_attempts(self._out_folder)[self._num_before :]
         if attempts:
             self.num_workers, self.num_restarts = attempts[-1].num_workers, num_restarts(attempts)
-        found = []
-        for folder in (self._out_folder / "checkpoints").glob("step_*"):
-            if match := _CHECKPOINT.fullmatch(folder.name):
-                found.append((int(match[1]), folder))
-        if found:
-            self.checkpoint_step, folder = max(found)
+        if folders := checkpoint_folders(self._out_folder):
+            self.checkpoint_step = checkpoint_step(folders[0])
             try:
-                self.checkpoint_age_s = max(0.0, time.time() - folder.stat().st_mtime)
+                self.checkpoint_age_s = max(0.0, time.time() - folders[0].stat().st_mtime)
             except OSError:  # deleted in this moment
                 self.checkpoint_step = None

@@ -83,7 +83,7 @@ class ExpertParallelExperts(nn.Module):
         received, weights, local_ids = wait_dispatch(exchange, ticket)
         ticket = start_combine(exchange, partial_sums(experts, self._compute, received, weights, local_ids))
         own_weights = routing.expert_weights.index_select(0, visits.own_tokens)
-        own_rows = _take(rows, visits.own_tokens)
+        own_rows = rows.take(visits.own_tokens)
         own = partial_sums(experts, self._compute, own_rows, own_weights, visits.own_ids)
         returned = wait_combine(exchange, ticket)
         return self._add_up(hidden_states, visits, own, returned)
@@ -135,16 +135,10 @@ def partial_sums(
     row_of_slot = slots // top_k
     row_alignment = experts.training_row_alignment if torch.is_grad_enabled() else 1
     dispatch = sort_by_expert(local_ids.flatten()[slots].unsqueeze(1), experts.num_experts, row_alignment)
-    sorted_rows = _take(rows, row_of_slot[dispatch.sorted_token_indices])
+    sorted_rows = rows.take(row_of_slot[dispatch.sorted_token_indices])
     for tensor in (sorted_rows.rows, sorted_rows.activation_scale):
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)  # or each new number of rows would be compiled
     outputs = compute(sorted_rows, dispatch.expert_offsets)
     weighted = outputs.index_select(0, dispatch.slot_positions) * weights.flatten().index_select(0, slots).unsqueeze(1)
     return torch.zeros_like(rows.rows, dtype=torch.float32).index_add(0, row_of_slot, weighted)
-
-
-def _take(rows: ExpertInput, indices: Tensor) -> ExpertInput:
-    """Return the rows at ``indices``; on a CPU the gradient of ``index_select`` is faster than that of ``[]``."""
-    scale = None if rows.activation_scale is None else rows.activation_scale.index_select(0, indices)
-    return ExpertInput(rows.rows.index_select(0, indices), scale)

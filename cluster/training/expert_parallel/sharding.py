@@ -10,6 +10,7 @@ from cluster.training.config import ExchangeDtype
 from cluster.training.expert_parallel.division import ExpertDivision
 from cluster.training.expert_parallel.exchange import ExpertGroup
 from cluster.training.expert_parallel.executor import ExpertParallelExperts
+from moe_bitnet.checkpoint.native import is_routed_expert
 from moe_bitnet.experts import GroupedExperts, build_experts
 from moe_bitnet.model import Block, MoETransformer
 
@@ -40,11 +41,6 @@ def shard_experts(
                 parameter.requires_grad_(whole.requires_grad)
         executors.append(ExpertParallelExperts(local, division, workers, exchange_dtype, layer_index, is_compiled))
     model.replace_experts(executors)
-
-
-def is_sharded(parameter_name: str) -> bool:
-    """Return whether a parameter's experts are divided, by its name in the model."""
-    return ".moe.experts." in parameter_name
 
 
 def global_shapes(model: MoETransformer) -> dict[str, tuple[tuple[int, ...], int]]:
@@ -79,7 +75,7 @@ def gather_model(model: MoETransformer, workers: ExpertGroup) -> MoETransformer 
         return None
     for name, parameter in model.named_parameters():
         value = parameter.detach()
-        if is_sharded(name):
+        if is_routed_expert(name):
             value = _gather_experts(value, ExpertDivision(model.config.num_experts, workers.num_workers), workers)
         if whole is not None:
             whole.get_parameter(name).data = value.to("cpu", copy=True)
@@ -106,6 +102,6 @@ def _gather_experts(part: Tensor, division: ExpertDivision, workers: ExpertGroup
 def mark_for_group(model: nn.Module, group_name: str) -> None:
     """Mark divided parameters as DeepSpeed knows them: their gradients are averaged in a group of their own."""
     for name, parameter in model.named_parameters():
-        if is_sharded(name):
+        if is_routed_expert(name):
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = group_name  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.training.attempts import Attempt, read_attempts
+from cluster.training.summary import SETTINGS_NAME
 from moe_bitnet.cli.reporting.figures import Drawing, drawing_svg, drawings_png, save_png
 from moe_bitnet.cli.reporting.html import page
 from moe_bitnet.cli.reporting.markup import Markup, element, table
@@ -18,7 +19,6 @@ from moe_bitnet.files import read_json, write_text_atomically
 
 REPORT_NAME = "report.html"
 CURVES_NAME = "curves.png"
-SETTINGS_NAME = "settings.json"
 _SVG_HEIGHT = 280
 
 

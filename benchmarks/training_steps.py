@@ -3,16 +3,13 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
+from benchmarks.bare_loop import bare_loop
 from cluster.training.batches import Batch
-from cluster.training.checkpoint_writer import CheckpointWriter
 from cluster.training.config import TrainConfig
 from cluster.training.engine import Engine
-from cluster.training.loop import LoopHooks, TrainingLoop
-from cluster.training.objective import Objective
 from moe_bitnet.config import ModelConfig
 
 SHAPE = ModelConfig(
@@ -56,21 +53,7 @@ def stepper(engine: Engine, config: TrainConfig, vocab_size: int, is_compiled: b
         tokens = draw.integers(0, vocab_size, (rows, config.seq_len + 1), dtype=np.int64)
         return np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
 
-    hooks = LoopHooks(batch, lambda: (), lambda line: None, cast(CheckpointWriter, _NoCheckpoints()), lambda: False)
-    objective = Objective(config.load_balance_weight, config.router_z_weight, is_compiled)
-    return TrainingLoop(engine, objective, config, _LEARNING_RATE, hooks).step
-
-
-class _NoCheckpoints:
-    """Never writes: in place of a CheckpointWriter."""
-
-    is_idle = False
-
-    def signals(self) -> tuple[float, float]:
-        return 0.0, 0.0
-
-    def observe(self, num_written: float, num_failed: float) -> None:
-        pass
+    return bare_loop(engine, config, _LEARNING_RATE, batch, is_compiled).step
 
 
 def take_turns(steppers: dict[str, Callable[[int], object]], num_turns: int, num_warm: int) -> "Turns":

@@ -11,13 +11,14 @@ from benchmarks.metrics import Metric
 from benchmarks.plot_style import INK, MUTED, save_figure, style_axes
 from moe_bitnet.errors import DataError
 
-_TRAINED = {"mote": "#2b6ca8", "ternary": "#d0561a"}
+_TRAINED = {"mote": "#2b6ca8", "ternary": "#d0561a", "dense_trained": "#3d8b53"}
 _UNTRAINED = {"dense": "#1d2430", "rounded": "#9aa3ad"}
-_NEAR_DENSE = ("dense", "mote")
+_NEAR_DENSE = ("dense", "dense_trained", "mote")
 _LABELS = {
     "mote": "ternary experts beside the float model",
     "ternary": "all ternary",
     "dense": "dense model",
+    "dense_trained": "dense model, trained on",
     "rounded": "dense model rounded to ternary",
 }
 

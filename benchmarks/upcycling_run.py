@@ -13,17 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.training.batches import TokenBatches, validation_batches
+from benchmarks.bare_loop import bare_loop
+from cluster.training.batches import Batch, TokenBatches, validation_batches
 from cluster.training.config import TrainConfig
 from cluster.training.document import Document
 from cluster.training.engine import TorchEngine
-from cluster.training.objective import Objective
-from cluster.training.optimizer import set_step_size
-from cluster.training.schedule import learning_rate_at
 from cluster.training.shards import split_documents
 from cluster.training.token_array import Tokens
 from moe_bitnet.checkpoint.native import is_matrix
-from moe_bitnet.errors import TrainingError
 from moe_bitnet.evaluation import perplexity, token_losses
 from moe_bitnet.model import MoETransformer
 from moe_bitnet.quantization import quantize_weight
@@ -131,7 +128,7 @@ def train_on(
     Returns:
         the last evaluation.
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss jumped, or it or a gradient is not finite.
     """
     config = TrainConfig(
         data_folder=_UNUSED,
@@ -141,24 +138,19 @@ def train_on(
         seq_len=course.seq_len,
         has_frozen_backbone=course.has_frozen_backbone,
     )
-    engine = TorchEngine(model, config)
-    objective = Objective(config.load_balance_weight, config.router_z_weight)
     share = course.batch_size // len(texts)
     sources = [TokenBatches(text.train, share, course.seq_len) for text in texts.values()]
-    visits = torch.zeros(model.config.num_layers, model.config.num_experts)
+
+    def mixed_batch(step: int) -> Batch:
+        inputs, targets = zip(*(source.at(step) for source in sources), strict=True)
+        return np.concatenate(inputs), np.concatenate(targets)
+
+    loop = bare_loop(TorchEngine(model, config), config, course.peak_learning_rate, mixed_batch)
+    visits = torch.zeros(model.config.num_layers, model.config.num_experts, dtype=torch.float64)
     start, train_s = time.monotonic(), 0.0
     for step in range(course.num_steps):
         lap = time.monotonic()
-        batches = [source.at(step) for source in sources]
-        inputs, targets = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*batches, strict=True))
-        score = objective.score(engine.forward(inputs), targets)
-        if not torch.isfinite(score.loss):
-            raise TrainingError(f"step {step + 1}: the loss is {float(score.loss)}. Lower the learning rate.")
-        engine.backward(objective.total(score, score.tokens_per_expert))
-        rate = learning_rate_at(step, course.num_steps, config.num_warmup_steps, course.peak_learning_rate)
-        set_step_size(engine.optimizer, rate, config.weight_decay)
-        engine.step()
-        visits += score.tokens_per_expert
+        visits += loop.step(step).tokens_per_expert
         train_s += time.monotonic() - lap
         num_done, is_late = step + 1, time.monotonic() - start > course.max_s
         if is_late or num_done in evaluated_steps(course):

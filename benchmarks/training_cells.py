@@ -68,9 +68,10 @@ def run_cells(plan: Plan, folder: Path, num_jobs: int, is_quick: bool, progress:
             if not running:
                 return {cell: results[cell] for cell in cells}
             time.sleep(0.5)
-            for cell in [cell for cell, process in running.items() if process.poll() is not None]:
+            ended = [cell for cell, process in running.items() if process.poll() is not None]
+            for cell in ended:
                 _require_success(cell, running.pop(cell), folder)
-                num_left = sum(1 for each in cells if each not in results) - 1
+                num_left = sum(1 for each in cells if each not in results and each not in ended)
                 progress(f"{cell.name}: {_describe(folder / cell.name)}; {num_left} cells left of {len(cells)}")
     except BaseException:
         _stop(running)

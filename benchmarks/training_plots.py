@@ -1,11 +1,14 @@
 """Drawings of the quality table, from metrics alone: perplexity against bytes, gap by size, learning rates."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.metrics import Metric
 from benchmarks.plot_style import INK, MUTED, save_figure, style_axes
@@ -51,9 +54,11 @@ def _draw_bytes(axes: Axes, models: Sequence[Metric]) -> None:
         points = sorted((m.detail["bytes"] / 1e6, m.value or 0.0) for m in models if m.detail["precision"] == precision)
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=color, linewidth=1.8, label=_LABELS[precision])
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("MB (floats at 16 bits, ternary in base-3)", color=MUTED)
+        for model in (model for model in models if model.detail["precision"] == precision):
+            for loss in model.detail["losses_by_seed"]:
+                axes.plot(model.detail["bytes"] / 1e6, math.exp(loss), "o", color=color, markersize=4, alpha=0.4)
+    _set_log_scales(axes, axes.xaxis, axes.yaxis)
+    axes.set_xlabel("MB (floats at 16 bits, ternary in base-3; small points: seeds)", color=MUTED)
     axes.legend(frameon=False, fontsize="small", labelcolor=MUTED)
 
 
@@ -76,7 +81,7 @@ def _draw_gaps(axes: Axes, metrics: Sequence[Metric]) -> None:
                 axes.plot([size] * len(metric.detail["by_seed"]), metric.detail["by_seed"], "o", color=color, alpha=0.6)
     axes.axhline(1.0, color=MUTED, linewidth=0.8)
     axes.axhline(1.05, color=MUTED, linewidth=0.8, linestyle=":")
-    axes.set_xscale("log")
+    _set_log_scales(axes, axes.xaxis)
     axes.set_xlabel("million active parameters (points: seeds; dotted: the goal)", color=MUTED)
     axes.legend(frameon=False, fontsize="small", labelcolor=MUTED)
 
@@ -97,7 +102,18 @@ def _draw_sweeps(axes: Axes, sweeps: Sequence[Metric]) -> None:
     for size, style in styles.items():
         steps = next((m.detail["steps"] for m in sweeps if m.detail["size"] == size), None)
         axes.plot([], [], style, color=MUTED, label=size if steps is None else f"{size}, {steps} steps")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    _set_log_scales(axes, axes.yaxis)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xticks(sorted({m.detail["peak_learning_rate"] for m in sweeps}))
     axes.set_xlabel("peak learning rate", color=MUTED)
     axes.legend(frameon=False, fontsize="small", labelcolor=MUTED)
+
+
+def _set_log_scales(axes: Axes, *scales: Axis) -> None:
+    """Make scales logarithmic, with whole numbers at their ticks."""
+    for scale in scales:
+        (axes.set_xscale if scale is axes.xaxis else axes.set_yscale)("log")
+        scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+        scale.set_major_formatter(lambda value, _: f"{value:g}")
+        scale.set_minor_formatter(NullFormatter())

@@ -51,10 +51,11 @@ def plot_training_quality(metrics: Sequence[Metric], path: Path) -> None:
 
 def _draw_bytes(axes: Axes, models: Sequence[Metric]) -> None:
     for precision, color in _COLORS.items():
-        points = sorted((m.detail["bytes"] / 1e6, m.value or 0.0) for m in models if m.detail["precision"] == precision)
+        of_precision = [model for model in models if model.detail["precision"] == precision]
+        points = sorted((model.detail["bytes"] / 1e6, model.value or 0.0) for model in of_precision)
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=color, linewidth=1.8, label=_LABELS[precision])
-        for model in (model for model in models if model.detail["precision"] == precision):
+        for model in of_precision:
             for loss in model.detail["losses_by_seed"]:
                 axes.plot(model.detail["bytes"] / 1e6, math.exp(loss), "o", color=color, markersize=4, alpha=0.4)
     _set_log_scales(axes, axes.xaxis, axes.yaxis)

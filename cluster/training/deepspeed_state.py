@@ -96,10 +96,14 @@ class ZeroState:
             if self.stage == 3:
                 for parameter in self.model.parameters():
                     if parameter.requires_grad:
-                        partition: Any = parameter.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed put it there
-                        partition.data.copy_(self.zero.get_local_fp32_param(parameter).view_as(partition))
+                        self._update_partition(parameter)
             else:
                 self.zero.update_lp_params()
+
+    def _update_partition(self, parameter: Any) -> None:
+        """Bring this worker's share of a parameter, which stage 3 computes with, up to date with its float32 one."""
+        partition = parameter.ds_tensor
+        partition.data.copy_(self.zero.get_local_fp32_param(parameter).view_as(partition))
 
     def _pieces(self) -> Iterator[_Piece]:
         for name, parameter in self.model.named_parameters():

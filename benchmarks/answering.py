@@ -136,7 +136,7 @@ def tcp_server() -> Iterator[int]:
 @contextmanager
 def frame_server(public_key: str, reads: bool = True) -> Iterator[HostAddress]:
     """Run a frame server in a process of its own, that reads frames or not; yields its address."""
-    with _child("frames" if reads else "unread", public_key) as said:
+    with _child("frames" if reads else "unread", "--", public_key) as said:  # a key may begin with a dash
         yield HostAddress(**said)
 
 
@@ -148,7 +148,10 @@ def _child(*arguments: str) -> Iterator[dict[str, Any]]:
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        yield json.loads(process.stdout.readline())
+        said = process.stdout.readline()
+        if not said:
+            raise RuntimeError(f"{' '.join(command)} ended with status {process.wait()} before it was ready")
+        yield json.loads(said)
     finally:
         process.stdin.close()
         process.wait()

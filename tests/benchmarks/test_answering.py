@@ -17,6 +17,11 @@ from cluster.transport.links import HostLinks, LinkTimes
 from cluster.transport.sockets import KeyPair
 
 
+def key_pair_that_begins_with_a_dash() -> KeyPair:
+    """One of 85 pairs does."""
+    return next(keys for keys in iter(KeyPair.generate, None) if keys.public.startswith("-"))
+
+
 @pytest.mark.parametrize("num_tokens", [1, 7])
 def test_a_prepared_answer_has_the_size_of_the_one_that_tcp_carries(num_tokens):
     frame = dispatch_frame(num_tokens, 33, 3)
@@ -26,7 +31,7 @@ def test_a_prepared_answer_has_the_size_of_the_one_that_tcp_carries(num_tokens):
 
 
 def test_processes_answer_by_unix_socket_and_encrypted_and_end_with_the_block():
-    keys, frame = KeyPair.generate(), dispatch_frame(7, 33, 3)
+    keys, frame = key_pair_that_begins_with_a_dash(), dispatch_frame(7, 33, 3)
     with frame_server(keys.public) as address:
         for name in (machine_id(), "another machine"):
             links = HostLinks(name, keys, LIMITS, LinkTimes())

@@ -156,7 +156,7 @@ def train_cell(folder: Path) -> None:
         seq_len=SEQ_LEN,
         peak_learning_rate=cell.peak_learning_rate,
         seed=cell.seed,
-        eval_every_steps=max(1, cell.num_steps // 6),
+        eval_every_steps=max(1, cell.num_steps // 2),
         num_eval_batches=_QUICK_EVAL_BATCHES if settings["is_quick"] else _EVAL_BATCHES,
         num_kept_checkpoints=1,
         threads_per_worker=1,

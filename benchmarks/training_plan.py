@@ -1,14 +1,15 @@
 """Which models the quality benchmark trains, in which order, and at which learning rates.
 
-A cell is one training run. Each precision's best peak learning rate is found by a sweep of its own: of whole runs at
-the smallest size, of probes a fifth as long at the two larger ones; only then are its other cells known::
+A cell is one training run. Each precision's best peak learning rate is found by a sweep of its own, of whole runs, for
+every size and corpus; only then are its other seeds known, and where the next sweep begins::
 
-    small: sweep ──► other seeds, prose, and the rates to probe at middle
-    middle: probes ──► two seeds, and the rates to probe at large
-    large: probes ──► one run
+    small, code: sweep ──┬─► other seeds
+                         ├─► small, prose: sweep from the same rate, twice and half of it ──► other seeds
+                         └─► middle: sweep from the same rate and half of it ──► a second seed
+                                          └─► large: sweep from half and a quarter of the best
 
-A sweep goes on until its best rate lies between two others, or is the best of the next smaller size. At the largest
-size it stops at half of that.
+A sweep goes on until its best rate lies between two others, or is the best of the next smaller size: a larger model
+wants no more. The runs are whole because probes a fifth as long chose rates twice too high (``docs/experiments.md``).
 
 :func:`plan` is a pure function of what is finished, so that an interrupted table goes on where it was.
 """
@@ -23,21 +24,24 @@ Corpus = Literal["code", "prose"]
 
 SIZES = ("small", "middle", "large")
 COMPARED: tuple[Precision, ...] = ("ternary", "float", "int4-experts")
-SWEPT: tuple[Precision, ...] = (*COMPARED, "binary")
-"""Precisions at the smallest size, on the code corpus; binary with one seed."""
+TRAINED: tuple[tuple[Corpus, str], ...] = (("code", "small"), ("code", "middle"), ("code", "large"), ("prose", "small"))
+"""Corpus and size of what is trained; a sweep needs those before it."""
 SEEDS = {"small": (0, 1, 2), "middle": (0, 1), "large": (0,)}
-"""Seeds of each size on the code corpus; prose is trained at the smallest, with as many."""
+"""Seeds of each size; binary has the first alone."""
 
 VOCAB_SIZE = 2048
 BATCH_SIZE = 4
 SEQ_LEN = 256
-_PROBE_SHARE = 5
 _FIRST_RATES: dict[Precision, tuple[float, ...]] = {
     "ternary": (2e-3, 4e-3, 8e-3),
     "float": (1e-3, 2e-3, 4e-3),
     "int4-experts": (1e-3, 2e-3, 4e-3),
     "binary": (4e-3, 8e-3),
 }
+_PROSE_FACTORS = (0.5, 1.0, 2.0)
+"""Where the sweep on prose begins: times the best rate on code."""
+_SMALLER = {"middle": ("small", (0.5, 1.0)), "large": ("middle", (0.25, 0.5))}
+"""Where the sweep of a larger size begins: times the best rate of the next smaller one."""
 _SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 128, "intermediate_size": 192, "num_layers": 4, "num_heads": 2},
     "middle": {"hidden_size": 256, "intermediate_size": 384, "num_layers": 5, "num_heads": 4},
@@ -97,89 +101,64 @@ def plan(losses: Losses, num_steps: int) -> list[Cell]:
 
     Args:
         losses: of what is finished.
-        num_steps: of a whole run.
+        num_steps: of a run.
     """
-    cells = small_sweep(losses, num_steps)
-    best = {precision: best_rate(losses, "small", precision, num_steps) for precision in COMPARED}
-    cells += [
-        Cell("code", "small", precision, rate, seed, num_steps)
-        for precision in COMPARED
-        for seed in SEEDS["small"][1:]
-        if (rate := best[precision])
-    ]
-    cells += middle_probes(losses, num_steps)
-    cells += large_probes(losses, num_steps)
-    cells += [
-        Cell("code", size, precision, rate, seed, num_steps)
-        for size in ("large", "middle")  # the longest first: two cores then end together
-        for seed in SEEDS[size]
-        for precision in COMPARED
-        if (rate := best_rate(losses, size, precision, num_steps))
-    ]
-    cells += [
-        Cell("prose", "small", precision, rate, seed, num_steps)
-        for seed in SEEDS["small"]
-        for precision in COMPARED
-        if (rate := best[precision])
-    ]
-    return list(dict.fromkeys(cells))
+    sweeps, seeds = [], []
+    for corpus, size in TRAINED:
+        for precision in precisions(corpus, size):
+            sweeps += sweep_of(losses, corpus, size, precision, num_steps)
+            rate = best_rate(losses, corpus, size, precision, num_steps)
+            if rate is not None and precision in COMPARED:
+                seeds += [Cell(corpus, size, precision, rate, seed, num_steps) for seed in SEEDS[size]]
+    return list(dict.fromkeys(sweeps + seeds))
 
 
-def small_sweep(losses: Losses, num_steps: int) -> list[Cell]:
-    """Return the cells of the sweep at the smallest size."""
-    cells: list[Cell] = []
-    for precision, rates in _FIRST_RATES.items():
-        cells += _widen([Cell("code", "small", precision, rate, 0, num_steps) for rate in rates], losses)
-    return cells
+def precisions(corpus: Corpus, size: str) -> tuple[Precision, ...]:
+    """Return which models are trained."""
+    return (*COMPARED, "binary") if (corpus, size) == TRAINED[0] else COMPARED
 
 
-def middle_probes(losses: Losses, num_steps: int) -> list[Cell]:
-    """Return the short cells of the middle size: from the best rate of the smallest down."""
-    return _probes(losses, "small", "middle", num_steps)
+def sweep_of(losses: Losses, corpus: Corpus, size: str, precision: Precision, num_steps: int) -> list[Cell]:
+    """Return the cells that decide a learning rate, from the lowest; empty if they are not known yet."""
+    if corpus == "prose":
+        highest = None
+        rates = _scaled(_PROSE_FACTORS, best_rate(losses, "code", size, precision, num_steps))
+    elif size in _SMALLER:
+        smaller, factors = _SMALLER[size]
+        highest = best_rate(losses, corpus, smaller, precision, num_steps)
+        rates = _scaled(factors, highest)
+    else:
+        highest, rates = None, _FIRST_RATES[precision]
+    return _widen([Cell(corpus, size, precision, rate, 0, num_steps) for rate in rates], losses, highest)
 
 
-def large_probes(losses: Losses, num_steps: int) -> list[Cell]:
-    """Return the short cells of the largest size: from the best rate of the middle one down."""
-    return _probes(losses, "middle", "large", num_steps)
-
-
-def sweep_of(losses: Losses, size: str, precision: Precision, num_steps: int) -> list[Cell]:
-    """Return the cells that decide the learning rate of a size and precision; empty if they are not known yet."""
-    sweep = {"small": small_sweep, "middle": middle_probes, "large": large_probes}[size]
-    return [cell for cell in sweep(losses, num_steps) if cell.precision == precision]
-
-
-def best_rate(losses: Losses, size: str, precision: Precision, num_steps: int) -> float | None:
+def best_rate(losses: Losses, corpus: Corpus, size: str, precision: Precision, num_steps: int) -> float | None:
     """Return the peak learning rate with the lowest validation loss, or ``None`` while its sweep is not finished."""
-    cells = sweep_of(losses, size, precision, num_steps)
+    cells = sweep_of(losses, corpus, size, precision, num_steps)
     if not cells or any(cell not in losses for cell in cells):
         return None
     return min(cells, key=lambda cell: losses[cell]).peak_learning_rate
 
 
-def _probes(losses: Losses, smaller: str, size: str, num_steps: int) -> list[Cell]:
-    cells: list[Cell] = []
-    for precision in COMPARED:
-        if rate := best_rate(losses, smaller, precision, num_steps):
-            pair = [Cell("code", size, precision, factor * rate, 0, num_steps // _PROBE_SHARE) for factor in (0.5, 1.0)]
-            cells += _widen(pair, losses)
-    return cells
+def _scaled(factors: tuple[float, ...], rate: float | None) -> tuple[float, ...]:
+    return () if rate is None else tuple(factor * rate for factor in factors)
 
 
-def _widen(cells: list[Cell], losses: Losses) -> list[Cell]:
+def _widen(cells: list[Cell], losses: Losses, highest: float | None) -> list[Cell]:
     """Add lower rates while the lowest is the best, and higher ones while the highest is: a sweep ends between.
 
     Args:
         cells: that differ in the rate alone, the lowest first.
         losses: of what is finished.
+        highest: no rate above this one is added.
     """
-    while all(cell in losses for cell in cells):
+    while cells and all(cell in losses for cell in cells):
         best = min(cells, key=lambda cell: losses[cell])
-        if best == cells[0] and best.size != "large":
-            cells = [replace(best, peak_learning_rate=best.peak_learning_rate / 2), *cells]
-        elif best == cells[-1] and best.size == "small":
-            # a larger model wants no more than a smaller one: there the highest rate is where the sweep begins
-            cells = [*cells, replace(best, peak_learning_rate=best.peak_learning_rate * 2)]
+        rate = best.peak_learning_rate
+        if best == cells[0]:
+            cells = [replace(best, peak_learning_rate=rate / 2), *cells]
+        elif best == cells[-1] and (highest is None or rate < highest):
+            cells = [*cells, replace(best, peak_learning_rate=rate * 2)]
         else:
             return cells
     return cells

@@ -27,18 +27,14 @@ def plot_training_quality(metrics: Sequence[Metric], path: Path) -> None:
     Raises:
         DataError: there are no perplexities among the metrics.
     """
-    models = [
-        metric
-        for metric in metrics
-        if metric.metric.endswith(".validation_ppl") and metric.detail.get("corpus") == "code"
-    ]
+    models = _on_code(metrics, ".validation_ppl")
     if not models:
         raise DataError(f"{path}: none of {len(metrics)} metrics is a validation_ppl. Give others.")
     figure = Figure(figsize=(13.0, 4.4), layout=ConstrainedLayoutEngine(w_pad=0.1))
     by_bytes, by_size, by_rate = figure.subplots(1, 3)
     _draw_bytes(by_bytes, models)
     _draw_gaps(by_size, metrics)
-    _draw_sweeps(by_rate, [metric for metric in metrics if metric.metric.endswith(".sweep_ppl")])
+    _draw_sweeps(by_rate, _on_code(metrics, ".sweep_ppl"))
     for axes, title in (
         (by_bytes, "Validation PPL against stored bytes"),
         (by_size, "PPL over the float twin's, equal parameters"),
@@ -47,6 +43,10 @@ def plot_training_quality(metrics: Sequence[Metric], path: Path) -> None:
         axes.set_title(title, loc="left", color=INK, fontweight="bold", fontsize="medium")
         style_axes(axes)
     save_figure(figure, path, models[0], "standard library's sources; mean of seeds")
+
+
+def _on_code(metrics: Sequence[Metric], ending: str) -> list[Metric]:
+    return [metric for metric in metrics if metric.metric.endswith(ending) and metric.detail["corpus"] == "code"]
 
 
 def _draw_bytes(axes: Axes, models: Sequence[Metric]) -> None:
@@ -66,10 +66,9 @@ def _draw_bytes(axes: Axes, models: Sequence[Metric]) -> None:
 def _draw_gaps(axes: Axes, metrics: Sequence[Metric]) -> None:
     active = {
         metric.detail["size"]: metric.detail["active_parameters"] / 1e6
-        for metric in metrics
-        if metric.metric.endswith(".validation_ppl")
+        for metric in _on_code(metrics, ".validation_ppl")
     }
-    gaps = [metric for metric in metrics if metric.metric.endswith("ppl_vs_twin") and metric.detail["corpus"] == "code"]
+    gaps = _on_code(metrics, "ppl_vs_twin")
     if not gaps:
         return
     for precision in ("ternary", "int4-experts", "binary"):
@@ -101,8 +100,7 @@ def _draw_sweeps(axes: Axes, sweeps: Sequence[Metric]) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), style, marker="o", color=color, linewidth=1.4)
     for size, style in styles.items():
-        steps = next((m.detail["steps"] for m in sweeps if m.detail["size"] == size), None)
-        axes.plot([], [], style, color=MUTED, label=size if steps is None else f"{size}, {steps} steps")
+        axes.plot([], [], style, color=MUTED, label=size)
     _set_log_scales(axes, axes.yaxis)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

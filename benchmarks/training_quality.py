@@ -23,16 +23,16 @@ from benchmarks.training_cells import Plan, Results, read_finished, run_cells
 from benchmarks.training_plan import (
     COMPARED,
     SIZES,
-    SWEPT,
+    TRAINED,
     VOCAB_SIZE,
     Cell,
     Corpus,
     best_rate,
     plan,
-    sweep_of,
 )
 from benchmarks.training_plots import plot_training_quality
 from benchmarks.training_table import (
+    BestRate,
     Entry,
     at_bytes,
     competitors,
@@ -76,8 +76,7 @@ def main() -> None:
             arguments.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             _build_data("code", lambda: collect_documents([], max_bytes=_QUICK_BYTES).documents, arguments.folder)
             results = run_cells(_plan_quick, arguments.folder, arguments.jobs, True, report.progress)
-            rates = {(size, precision): _QUICK_RATE for size in _QUICK_SIZES for precision in COMPARED}
-            _report(report, gather(results, _QUICK_STEPS, rates), _QUICK_SIZES)
+            _report(report, gather(results, lambda *_: _QUICK_RATE), _QUICK_SIZES)
             return
         steps = arguments.steps
         this_plan: Plan = lambda losses: plan(losses, steps)  # noqa: E731 - steps belong to the plan
@@ -88,22 +87,14 @@ def main() -> None:
             _build_data("prose", lambda: prose_documents(arguments.prose), arguments.folder)
             results = run_cells(this_plan, arguments.folder, arguments.jobs, False, report.progress)
         losses = {cell: float(result["validation_loss"]) for cell, result in results.items()}
-        rates = {
-            (size, precision): best_rate(losses, size, precision, steps)
-            for size in SIZES
-            for precision in _precisions(size)
-        }
-        _report_sweeps(report, results, steps)
-        _report(report, gather(results, steps, rates), SIZES)
+        best: BestRate = lambda *model: best_rate(losses, *model, steps)  # noqa: E731
+        _report_sweeps(report, results, best)
+        _report(report, gather(results, best), SIZES)
     if report.output_path is not None:
         plot_training_quality(report.metrics, report.output_path.with_suffix(".png"))
 
 
 _QUICK_SIZES = ("quick", "quick-wide")
-
-
-def _precisions(size: str) -> tuple[Precision, ...]:
-    return SWEPT if size == SIZES[0] else COMPARED
 
 
 def _plan_quick(losses: object) -> list[Cell]:
@@ -124,23 +115,25 @@ def _build_data(corpus: Corpus, documents: Callable[[], "list[Document] | tuple[
     build_shards(texts, train_tokenizer(train_documents, VOCAB_SIZE), target, _VALIDATION_FRACTION, source=corpus)
 
 
-def _report_sweeps(report: Report, results: Results, num_steps: int) -> None:
-    losses = {cell: float(result["validation_loss"]) for cell, result in results.items()}
-    for size in SIZES:
-        for precision in _precisions(size):
-            for cell in (cell for cell in sweep_of(losses, size, precision, num_steps) if cell in results):
-                report.add(
-                    "sweep_ppl",
-                    float(results[cell]["validation_ppl"]),
-                    "PPL",
-                    detail={
-                        "size": size,
-                        "precision": precision,
-                        "peak_learning_rate": cell.peak_learning_rate,
-                        "steps": cell.num_steps,
-                        "is_best": cell.peak_learning_rate == best_rate(losses, size, precision, num_steps),
-                    },
-                )
+def _report_sweeps(report: Report, results: Results, best: BestRate) -> None:
+    """Report every rate that was tried with the first seed."""
+    for cell in sorted((cell for cell in results if cell.seed == 0), key=_order):
+        report.add(
+            "sweep_ppl",
+            float(results[cell]["validation_ppl"]),
+            "PPL",
+            detail={
+                "corpus": cell.corpus,
+                "size": cell.size,
+                "precision": cell.precision,
+                "peak_learning_rate": cell.peak_learning_rate,
+                "is_best": cell.peak_learning_rate == best(cell.corpus, cell.size, cell.precision),
+            },
+        )
+
+
+def _order(cell: Cell) -> tuple[int, str, float]:
+    return TRAINED.index((cell.corpus, cell.size)), cell.precision, cell.peak_learning_rate
 
 
 def _report(report: Report, entries: list[Entry], sizes: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ Results of cells enter, plain numbers leave; nothing is trained here.
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from moe_bitnet.checkpoint.stored_bytes import stored_bytes
 from moe_bitnet.config import Precision
 
 Results = Mapping[Cell, Mapping[str, Any]]
+BestRate = Callable[[Corpus, str, Precision], float | None]
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,16 @@ def make_entry(cells: list[Cell], results: Results) -> Entry:
     )
 
 
-def gather(results: Results, num_steps: int, best: Mapping[tuple[str, Precision], float | None]) -> list[Entry]:
+def gather(results: Results, best: BestRate) -> list[Entry]:
     """Return an entry for every corpus, size and precision that has a run at its best learning rate.
 
     Args:
         results: of finished cells.
-        num_steps: of a whole run; probes are shorter and left out.
-        best: peak learning rate by size and precision.
+        best: corpus, size, precision → peak learning rate, or ``None`` while it is not known.
     """
     groups: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in sorted(results, key=lambda cell: cell.seed):
-        if cell.num_steps == num_steps and cell.peak_learning_rate == best.get((cell.size, cell.precision)):
+        if cell.peak_learning_rate == best(cell.corpus, cell.size, cell.precision):
             groups.setdefault((cell.corpus, cell.size, cell.precision), []).append(cell)
     return [make_entry(cells, results) for cells in groups.values()]
 

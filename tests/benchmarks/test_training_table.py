@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -24,17 +25,15 @@ def entries_of(losses, load=EVEN, corpus="code", **more):
         for (size, precision), by_seed in losses.items()
         for seed, loss in enumerate(by_seed)
     }
-    return gather(results, STEPS, dict.fromkeys(losses, 0.01))
+    return gather(results, lambda *_: 0.01)
 
 
-def test_seeds_are_gathered_at_the_best_rate_and_the_full_length_alone():
+def test_seeds_are_gathered_at_the_best_rate_of_their_model_alone():
+    rates = {("code", "small", "float"): 0.01, ("prose", "small", "float"): 0.02}
     best = Cell("code", "small", "float", 0.01, 0, STEPS)
-    others = [
-        Cell("code", "small", "float", 0.02, 0, STEPS),
-        Cell("code", "small", "float", 0.01, 0, STEPS // 5),
-    ]
+    others = [dataclasses.replace(best, **change) for change in ({"peak_learning_rate": 0.02}, {"corpus": "prose"})]
     results = {best: result(2.0), **{cell: result(1.0) for cell in others}}
-    (entry,) = gather(results, STEPS, {("small", "float"): 0.01})
+    (entry,) = gather(results, lambda *model: rates.get(model))
     assert entry.losses == (2.0,)
 
 

@@ -45,9 +45,10 @@ def test_a_cell_that_fails_is_named(tmp_path):
 
 
 def test_only_what_is_finished_is_reported(tmp_path):
-    write_json_atomically(tmp_path / "code-small-float-lr0.001-seed0-7steps" / "result.json",
-                          {"validation_loss": 3.0, "validation_ppl": 20.1})  # fmt: skip
+    result = {"validation_loss": 3.0, "validation_ppl": 20.1, "train_s": 3600.0}
+    write_json_atomically(tmp_path / "code-small-float-lr0.001-seed0-7steps" / "result.json", result)
     command = ["-m", "benchmarks.training_quality", "--finished", "--steps", "7", "--folder", str(tmp_path), "--json"]
     lines = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 1
-    assert '"training_quality.sweep_ppl", "value": 20.1' in lines[0]
+    assert len(lines) == 2
+    assert '"training_quality.hours_on_two_cores", "value": 0.5' in lines[0]
+    assert '"training_quality.sweep_ppl", "value": 20.1' in lines[1]

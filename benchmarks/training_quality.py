@@ -4,8 +4,8 @@
 
 Ternary, float and int4-experts models of 1.1, 4.5 and 12.0 million active parameters (8 experts, top 2, the same
 sub-norms, the same batches in the same order) read the standard library's sources; the smallest also English prose.
-Every precision has the best peak learning rate of its own sweep (``training_plan``). The whole table takes under
-three hours on two idle cores; what is finished stays in the folder, and the same command goes on after an interruption
+Every precision has the best peak learning rate of its own sweep (``training_plan``). The whole table takes about four
+hours on two idle cores; what is finished stays in the folder, and the same command goes on after an interruption
 (``--finished`` reports without going on).
 ``--quick`` trains two very small shapes for some steps in less than a minute: it shows that everything works.
 """

@@ -136,14 +136,15 @@ def tcp_server() -> Iterator[int]:
 @contextmanager
 def frame_server(public_key: str, reads: bool = True) -> Iterator[HostAddress]:
     """Run a frame server in a process of its own, that reads frames or not; yields its address."""
-    with _child("frames" if reads else "unread", "--", public_key) as said:  # a key may begin with a dash
+    with _child("frames" if reads else "unread", public_key) as said:
         yield HostAddress(**said)
 
 
 @contextmanager
 def _child(*arguments: str) -> Iterator[dict[str, Any]]:
     """Run this module; yields what it says when it is ready. It ends when its standard input does."""
-    command = [sys.executable, "-m", "benchmarks.answering", *arguments]
+    # a key may begin with a dash: nothing is an option
+    command = [sys.executable, "-m", "benchmarks.answering", "--", *arguments]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None

@@ -9,7 +9,8 @@ every size and corpus; only then are its other seeds known, and where the next s
                                           └─► large: sweep from half and a quarter of the best
 
 A sweep goes on until its best rate lies between two others, or is the best of the next smaller size: a larger model
-wants no more. The runs are whole because probes a fifth as long chose rates twice too high (``docs/experiments.md``).
+wants no more. The runs are whole because probes a fifth as long chose twice the best rate of ternary
+(``docs/experiments.md``).
 
 :func:`plan` is a pure function of what is finished, so that an interrupted table goes on where it was.
 """
@@ -38,10 +39,12 @@ _FIRST_RATES: dict[Precision, tuple[float, ...]] = {
     "int4-experts": (1e-3, 2e-3, 4e-3),
     "binary": (4e-3, 8e-3),
 }
-_PROSE_FACTORS = (0.5, 1.0, 2.0)
-"""Where the sweep on prose begins: times the best rate on code."""
-_SMALLER = {"middle": ("small", (0.5, 1.0)), "large": ("middle", (0.25, 0.5))}
-"""Where the sweep of a larger size begins: times the best rate of the next smaller one."""
+_BEGINNINGS: dict[tuple[Corpus, str], tuple[str, tuple[float, ...]]] = {
+    ("code", "middle"): ("small", (0.5, 1.0)),
+    ("code", "large"): ("middle", (0.25, 0.5)),
+    ("prose", "small"): ("small", (0.5, 1.0, 2.0)),
+}
+"""Where the other sweeps begin: the size whose best rate on code is known before, and factors of that rate."""
 _SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 128, "intermediate_size": 192, "num_layers": 4, "num_heads": 2},
     "middle": {"hidden_size": 256, "intermediate_size": 384, "num_layers": 5, "num_heads": 4},
@@ -120,15 +123,12 @@ def precisions(corpus: Corpus, size: str) -> tuple[Precision, ...]:
 
 def sweep_of(losses: Losses, corpus: Corpus, size: str, precision: Precision, num_steps: int) -> list[Cell]:
     """Return the cells that decide a learning rate, from the lowest; empty if they are not known yet."""
-    if corpus == "prose":
-        highest = None
-        rates = _scaled(_PROSE_FACTORS, best_rate(losses, "code", size, precision, num_steps))
-    elif size in _SMALLER:
-        smaller, factors = _SMALLER[size]
-        highest = best_rate(losses, corpus, smaller, precision, num_steps)
-        rates = _scaled(factors, highest)
-    else:
-        highest, rates = None, _FIRST_RATES[precision]
+    rates, highest = _FIRST_RATES[precision], None
+    if (corpus, size) in _BEGINNINGS:
+        known_size, factors = _BEGINNINGS[corpus, size]
+        known = best_rate(losses, "code", known_size, precision, num_steps)
+        rates = () if known is None else tuple(factor * known for factor in factors)
+        highest = known if known_size != size else None
     return _widen([Cell(corpus, size, precision, rate, 0, num_steps) for rate in rates], losses, highest)
 
 
@@ -138,10 +138,6 @@ def best_rate(losses: Losses, corpus: Corpus, size: str, precision: Precision, n
     if not cells or any(cell not in losses for cell in cells):
         return None
     return min(cells, key=lambda cell: losses[cell]).peak_learning_rate
-
-
-def _scaled(factors: tuple[float, ...], rate: float | None) -> tuple[float, ...]:
-    return () if rate is None else tuple(factor * rate for factor in factors)
 
 
 def _widen(cells: list[Cell], losses: Losses, highest: float | None) -> list[Cell]:

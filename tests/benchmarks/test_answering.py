@@ -6,6 +6,7 @@ from benchmarks.answering import (
     LIMITS,
     PreparedAnswers,
     TcpEcho,
+    _child,
     answer_frame,
     dispatch_frame,
     frame_server,
@@ -41,6 +42,11 @@ def test_processes_answer_by_unix_socket_and_encrypted_and_end_with_the_block():
             assert answer.frame.rows.shape == (7, 33)
             assert links.is_encrypted("host") == (name != machine_id())
             links.close()
+
+
+def test_a_process_that_does_not_start_is_named():
+    with pytest.raises(RuntimeError, match="answering -- nonsense ended with status 2"), _child("nonsense"):
+        pass
 
 
 def test_the_plain_server_answers_as_many_bytes_as_it_is_asked_for():

@@ -59,7 +59,9 @@ def test_the_best_rate_waits_for_the_whole_sweep():
 
 
 def test_a_sweep_goes_on_until_the_best_rate_lies_between_others():
-    assert rates_of(finish({**BEST, "ternary": 0.9e-3}), "code", "small", "ternary") == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+    losses = finish({**BEST, "ternary": 0.9e-3})
+    assert rates_of(losses, "code", "small", "ternary") == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+    assert best_rate(losses, "code", "small", "ternary", STEPS) == 1e-3
     assert rates_of(finish({**BEST, "float": 8e-3}), "code", "small", "float") == [1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
 
 

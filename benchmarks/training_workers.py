@@ -1,8 +1,8 @@
 """Steps of two workers, each a process with one thread: data-parallel and expert-parallel in turns, with their bytes.
 
-    python -m benchmarks.training_workers RANK WORLD_SIZE STORE_FILE BATCH_SIZE SEQ_LEN TURNS
+    python -m benchmarks.training_workers RANK WORLD_SIZE STORE_FILE BATCH_SIZE SEQ_LEN TURNS COMPILED
 
-Worker 0 prints one JSON object. Run by ``training_speed``.
+``COMPILED`` is 0 or 1. Worker 0 prints one JSON object. Run by ``training_speed``.
 """
 
 import json
@@ -49,8 +49,15 @@ class WorkerTimes:
     formula_bytes: float
 
 
-def time_workers(num_workers: int, batch_size: int, seq_len: int, num_turns: int) -> WorkerTimes:
+def time_workers(num_workers: int, batch_size: int, seq_len: int, num_turns: int, is_compiled: bool) -> WorkerTimes:
     """Start the workers and wait for what worker 0 says.
+
+    Args:
+        num_workers: processes.
+        batch_size: sequences of a step of all workers.
+        seq_len: tokens of a sequence.
+        num_turns: timed steps each way.
+        is_compiled: compile the models.
 
     Raises:
         TrainingError: a worker failed; the message holds its last lines.
@@ -62,7 +69,8 @@ def time_workers(num_workers: int, batch_size: int, seq_len: int, num_turns: int
         **KEEP_FREED_MEMORY,
     }
     with tempfile.TemporaryDirectory() as folder:
-        arguments = [str(num_workers), str(Path(folder) / "store"), str(batch_size), str(seq_len), str(num_turns)]
+        numbers = (batch_size, seq_len, num_turns, int(is_compiled))
+        arguments = [str(num_workers), str(Path(folder) / "store"), *map(str, numbers)]
         processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.training_workers", str(rank), *arguments],
@@ -84,7 +92,9 @@ def time_workers(num_workers: int, batch_size: int, seq_len: int, num_turns: int
     return WorkerTimes(**json.loads(outputs[0][0].splitlines()[-1]))
 
 
-def run_worker(rank: int, world_size: int, store: str, batch_size: int, seq_len: int, num_turns: int) -> None:
+def run_worker(
+    rank: int, world_size: int, store: str, batch_size: int, seq_len: int, num_turns: int, wants_compiled: int
+) -> None:
     """Run one worker's part."""
     from cluster.training.deepspeed_engine import DeepSpeedEngine  # imports DeepSpeed
 
@@ -97,7 +107,7 @@ def run_worker(rank: int, world_size: int, store: str, batch_size: int, seq_len:
         config = train_config(batch_size, seq_len, num_workers=world_size, expert_parallel=degree, zero_stage=1)
         torch.manual_seed(0)
         model = MoETransformer(SHAPE)
-        is_compiled = compile_blocks(model, config.compute_dtype)
+        is_compiled = bool(wants_compiled) and compile_blocks(model, config.compute_dtype)
         steps[name] = stepper(DeepSpeedEngine(model, config, is_compiled), config, SHAPE.vocab_size, is_compiled)
 
     def expert_step(step: int) -> None:
@@ -125,4 +135,4 @@ def formula_bytes(num_workers: int, num_tokens: int) -> float:
 
 
 if __name__ == "__main__":
-    run_worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:7]))
+    run_worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:8]))

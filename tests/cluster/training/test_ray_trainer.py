@@ -49,6 +49,15 @@ def test_what_went_wrong_comes_out_as_an_error_of_ours(config):
     assert caught.value is error
 
 
+@pytest.fixture
+def _interruptible():
+    """Take SIGINT as Python does, also where the tests are a shell's background job, which ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_ctrl_c_waits_for_the_checkpoint(config):
     class StoppableTrainer:
         is_stopped = False
